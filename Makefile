@@ -1,0 +1,46 @@
+# Everything that a person or CI runs. `make demo` and `make test` create what they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+# On a machine without a GPU a plain `torch` would bring gigabytes of CUDA libraries along.
+CPU_TORCH ?= torch==2.13.0
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+SOURCES = panfoma_hf scripts tests
+
+.PHONY: demo test test-all lint format bench clean
+
+demo: $(VENV)/.demo  ## Fine-tune on real pancreas cells and name unseen ones; writes runs/demo/
+	$(VENV)/bin/python scripts/demo.py
+
+test: $(VENV)/.dev  ## The tests that fit into minutes
+	$(VENV)/bin/python -m pytest
+
+test-all: $(VENV)/.dev  ## All tests, the slow ones too
+	$(VENV)/bin/python -m pytest -m "slow or not slow"
+
+lint: $(VENV)/.dev  ## Style, as CI checks it
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
+
+format: $(VENV)/.dev  ## Mend what the linter can mend
+	$(VENV)/bin/ruff check --fix $(SOURCES)
+	$(VENV)/bin/ruff format $(SOURCES)
+
+bench: $(VENV)/.demo  ## Speed of the scan and of the model on this machine
+	$(VENV)/bin/python scripts/benchmark.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi > /dev/null; then $(PIP) torch; else $(PIP) "$(CPU_TORCH)"; fi
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable ".[dev]"
+	touch $@ $(VENV)/.demo

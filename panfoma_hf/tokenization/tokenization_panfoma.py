@@ -1,0 +1,748 @@
+# Copyright 2026 The PanFoMa-HF authors. Licensed under the Apache License, Version 2.0.
+"""PanFoMa tokenizer: the expressed genes of a cell become gene ids and within-cell expression bins.
+
+A token is one gene with its bin. The tokenizer is a pure function: the same cell always gives the same tokens,
+whatever else is in its file. What is random in training is drawn by the data collator.
+"""
+
+import functools
+import gzip
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+GENES_FILE = "genes.tsv.gz"
+# Version suffixes count revisions of a gene's model, not other genes; _PAR_Y is the Y copy of a gene shared with X.
+_ENSEMBL_ID = re.compile(r"(ENSG\d{11})(\.\d+)?(_PAR_Y)?")
+# Keys of an encoding that have one value a gene, and their dtypes in padded arrays.
+_SEQUENCE_KEYS = ("input_ids", "expression_bins", "attention_mask")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GeneResolution:
+    """What each gene name was taken for.
+
+    Parameters
+    ----------
+    names
+        (genes,), the names as given.
+    token_ids
+        (genes,) int64; -1 where a name was not resolved.
+    rule
+        (genes,) strings: "approved symbol", "Ensembl id", "added token", "ambiguous" or "unknown".
+    """
+
+    names: np.ndarray
+    token_ids: np.ndarray
+    rule: np.ndarray
+
+    @property
+    def num_resolved(self) -> int:
+        """How many names stand for a gene of the vocabulary."""
+        return int((self.token_ids >= 0).sum())
+
+    def __str__(self) -> str:
+        rules = ", ".join(f"{count:,} by {rule}" for rule, count in Counter(self.rule.tolist()).most_common())
+        return f"{self.num_resolved:,} of {len(self.names):,} gene names resolved ({rules})"
+
+
+@dataclass(frozen=True)
+class CellTokens:
+    """Tokens of many cells, one cell after the other as in a CSR matrix.
+
+    Parameters
+    ----------
+    input_ids
+        (tokens,) int32, gene ids.
+    expression_bins
+        (tokens,) uint8 or int32, bins from 1 up.
+    indptr
+        (cells + 1,) int64; cell ``i`` owns the tokens from ``indptr[i]`` to ``indptr[i + 1]``.
+    """
+
+    input_ids: np.ndarray
+    expression_bins: np.ndarray
+    indptr: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(cells,), tokens of each cell; 0 for a cell without an expressed gene."""
+        return np.diff(self.indptr)
+
+    def cell(self, index: int) -> dict[str, np.ndarray]:
+        """``input_ids`` and ``expression_bins`` of one cell."""
+        owned = slice(self.indptr[index], self.indptr[index + 1])
+        return {"input_ids": self.input_ids[owned], "expression_bins": self.expression_bins[owned]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pure functions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def quantile_bins(values: np.ndarray, cells: np.ndarray, num_bins: int) -> np.ndarray:
+    """Bin each value by its rank within its cell.
+
+    A value that stands at ranks ``low`` to ``high - 1`` among the ``n`` values of its cell (tied values share their
+    ranks) falls at the quantile ``(low + high) / 2n`` and into the bin ``1 + floor(num_bins * quantile)``. This is
+    scGPT's value binning (Cui et al., Nature Methods 2024) with ties put at the middle of their ranks instead of drawn
+    at random. Only the order of values counts, so raw counts, CPM and log1p(CPM) give the same bins.
+
+    Parameters
+    ----------
+    values
+        (values,), positive expression in any monotone scale.
+    cells
+        (values,), the cell of each value.
+    num_bins
+        Number of bins.
+
+    Returns
+    -------
+    (values,) int64, 1 to ``num_bins``.
+    """
+    order = np.lexsort((values, cells))
+    sorted_values, sorted_cells = values[order], cells[order]
+    new_cell = np.append(True, sorted_cells[1:] != sorted_cells[:-1])[: len(order)]
+    new_value = new_cell | np.append(True, sorted_values[1:] != sorted_values[:-1])[: len(order)]
+    cell_start, cell_size = _runs(new_cell)
+    run_start, run_size = _runs(new_value)
+    twice_middle_rank = 2 * (run_start - cell_start) + run_size
+    bins = np.empty(len(order), dtype=np.int64)
+    bins[order] = 1 + num_bins * twice_middle_rank // (2 * cell_size)
+    return bins
+
+
+def _runs(is_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each position, where the run that it belongs to starts, and how long that run is."""
+    starts = np.flatnonzero(is_start)
+    sizes = np.diff(np.append(starts, len(is_start)))
+    return np.repeat(starts, sizes), np.repeat(sizes, sizes)
+
+
+@functools.lru_cache(maxsize=4)
+def draw_order(vocab_size: int) -> np.ndarray:
+    """A fixed pseudo-random order of gene ids: (vocab,) int64, the place of each id.
+
+    It decides which genes of a very large cell are kept and how genes fall into chunks, as a random draw does in
+    training, but the same way each time. The place comes from SplitMix64's mixing function (Steele et al., OOPSLA
+    2014), so it depends on no library's random generator.
+    """
+    with np.errstate(over="ignore"):
+        mixed = (np.arange(vocab_size, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    place = np.empty(vocab_size, dtype=np.int64)
+    place[np.argsort(mixed, kind="stable")] = np.arange(vocab_size)
+    place.setflags(write=False)
+    return place
+
+
+def is_anndata(cells) -> bool:
+    """Whether the object has AnnData's face; AnnData itself need not be installed."""
+    return all(hasattr(cells, name) for name in ("X", "var_names", "obs_names", "layers"))
+
+
+def choose_matrix(adata, layer: str | None = None, gene_column: str | None = None):
+    """Find an AnnData's expression matrix and its gene names.
+
+    Parameters
+    ----------
+    adata
+        An AnnData.
+    layer
+        A layer's name, "X" or "raw"; None takes ``layers["counts"]``, else ``raw.X``, else ``X``.
+    gene_column
+        Column of ``var`` with the gene names; None takes ``var_names``.
+
+    Returns
+    -------
+    The matrix (cells, genes), the names (genes,), and a description of where it came from.
+    """
+    if layer is None:
+        layer = "counts" if "counts" in adata.layers else "X" if adata.raw is None else "raw"
+    if layer == "raw":
+        if adata.raw is None:
+            raise ValueError("`layer='raw'` needs an AnnData with `raw`, got one without. Pass 'X' or a layer's name.")
+        matrix, var, names, source = adata.raw.X, adata.raw.var, adata.raw.var_names, "raw.X"
+    elif layer == "X":
+        matrix, var, names, source = adata.X, adata.var, adata.var_names, "X"
+    elif layer in adata.layers:
+        matrix, var, names, source = adata.layers[layer], adata.var, adata.var_names, f"layers[{layer!r}]"
+    else:
+        raise ValueError(
+            f"`layer` must be 'X', 'raw' or a layer's name, got {layer!r}; the layers are {sorted(adata.layers)}. "
+            "Leave it out to take layers['counts'], else raw.X, else X."
+        )
+    if matrix is None:
+        raise ValueError(f"The AnnData's {source} must hold a matrix, got None. Pass `layer` to name another.")
+    if gene_column is not None:
+        if gene_column not in var:
+            raise ValueError(
+                f"`gene_column` must be a column of var, got {gene_column!r}; the columns are {sorted(var)}. "
+                "Leave it out to take var_names."
+            )
+        names = var[gene_column]
+    return matrix, np.asarray(names), source
+
+
+def _expressed_entries(matrix, source: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Cells, genes and values of the non-zero entries of a dense or sparse (cells, genes) matrix, and its height."""
+    if hasattr(matrix, "to_memory"):  # a matrix that AnnData has left on disk
+        matrix = matrix.to_memory()
+    if hasattr(matrix, "tocsr"):
+        matrix = matrix.tocsr()
+        cells = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+        genes, values = matrix.indices, matrix.data
+    else:
+        matrix = np.asarray(matrix)
+        if matrix.ndim != 2:
+            raise ValueError(
+                f"Expression must be a (cells, genes) matrix or one cell's (genes,) vector, got {matrix.ndim} "
+                f"dimensions in {source}. Reshape it."
+            )
+        cells, genes = np.nonzero(matrix)
+        values = matrix[cells, genes]
+    if not (np.issubdtype(values.dtype, np.number) or values.dtype == bool) or np.iscomplexobj(values):
+        raise TypeError(
+            f"Expression must be real numbers, got dtype {values.dtype} in {source}. Convert it, or pass another layer."
+        )
+    _check_values(values, source)
+    expressed = values != 0
+    if not expressed.all():  # zeros that a sparse matrix stores
+        cells, genes, values = cells[expressed], genes[expressed], values[expressed]
+    return cells, genes, values, matrix.shape[0]
+
+
+def _check_values(values: np.ndarray, source: str) -> None:
+    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+        raise ValueError(
+            f"Expression must be finite, got {int((~np.isfinite(values)).sum()):,} NaN or infinite values in {source}. "
+            "Remove them, or pass the matrix of counts: a layer by `layer=`."
+        )
+    if (values < 0).any():
+        raise ValueError(
+            f"Expression must not be negative, got {int((values < 0).sum()):,} negative values in {source}, the lowest "
+            f"{values.min():g}. Scaled or centred data cannot be binned: pass counts, CPM or log1p(CPM), such as a "
+            "layer by `layer=`."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class PanFoMaTokenizer(PreTrainedTokenizer):
+    """Counts to gene ids and expression bins, and back to gene symbols.
+
+    Parameters
+    ----------
+    genes_file
+        The gene table, tab-separated and gzipped; None opens the packaged one (HGNC). Checkpoints carry their own.
+    gene_set
+        Names of genes to restrict every cell to, such as the variable genes of a fine-tune's training cells; saved
+        with the tokenizer. None reads all genes of the table.
+    num_expression_bins
+        Bins for non-zero expression, as in the model's configuration.
+    model_max_length
+        Genes of a cell that are kept; the others are dropped in a fixed pseudo-random order, never by expression.
+    genes_sha256
+        Checksum of the gene table that a saved tokenizer was made with; checked when it is loaded.
+
+    Raises
+    ------
+    ValueError
+        If the gene table is missing or another than the saved tokenizer's, or the gene set has unknown names.
+
+    Examples
+    --------
+    >>> tokenizer = PanFoMaTokenizer()
+    >>> cells = tokenizer([[5, 0, 2]], gene_names=["CD3E", "MS4A1", "ENSG00000153563.15"])
+    >>> tokenizer.decode(cells["input_ids"][0])
+    'CD3E CD8A'
+    """
+
+    vocab_files_names = {"genes_file": GENES_FILE}
+    model_input_names = list(_SEQUENCE_KEYS)
+
+    def __init__(
+        self,
+        genes_file: str | None = None,
+        gene_set: Sequence[str] | None = None,
+        num_expression_bins: int = 50,
+        model_max_length: int = 3072,
+        genes_sha256: str | None = None,
+        pad_token: str = "[PAD]",
+        **kwargs,
+    ):
+        if kwargs.get("padding_side", "right") != "right":
+            raise ValueError(
+                f"Padding must be on the right, got {kwargs['padding_side']!r}: a cell's chunks are cut from its "
+                "start. Leave `padding_side` out."
+            )
+        self._genes_bytes = _read_genes_file(genes_file, genes_sha256)
+        self._set_genes(self._genes_bytes)
+        self._pad_symbol = str(pad_token)
+        self.num_expression_bins = num_expression_bins
+        self.genes_sha256 = hashlib.sha256(self._genes_bytes).hexdigest()
+        # What this call names and the base class keeps in `init_kwargs` is what save_pretrained writes.
+        super().__init__(
+            gene_set=None,
+            num_expression_bins=num_expression_bins,
+            model_max_length=model_max_length,
+            genes_sha256=self.genes_sha256,
+            pad_token=pad_token,
+            **kwargs,
+        )
+        self.gene_set = gene_set
+
+    def _set_genes(self, table: bytes) -> None:
+        lines = gzip.decompress(table).decode("utf-8").splitlines()
+        self.gene_table_source = lines[0].removeprefix("# ")
+        columns = lines[1].split("\t")
+        rows = [line.split("\t") for line in lines[2:]]
+        self._symbols = [row[columns.index("symbol")] for row in rows]
+        self._id_of_symbol = {symbol: token_id for token_id, symbol in enumerate(self._symbols, start=1)}
+        ensembl = [row[columns.index("ensembl_id")] for row in rows]
+        # Few Ensembl ids stand for two HGNC genes; which of them was counted cannot be known.
+        self._ambiguous = {name for name, count in Counter(ensembl).items() if name and count > 1}
+        self._id_of_ensembl = {
+            name: token_id for token_id, name in enumerate(ensembl, start=1) if name and name not in self._ambiguous
+        }
+
+    # -- vocabulary ------------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Padding and the genes of the table, without added tokens; ``len(tokenizer)`` counts those too."""
+        return 1 + len(self._symbols)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Approved symbols, padding and added tokens, with their ids."""
+        return {self._pad_symbol: 0, **self._id_of_symbol, **self.get_added_vocab()}
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return 0 if token == self._pad_symbol else self._id_of_symbol.get(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._pad_symbol if index == 0 else self._symbols[index - 1]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Gene symbols, separated by a space."""
+        return " ".join(tokens)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Write the gene table beside the tokenizer's configuration."""
+        name = f"{filename_prefix}-{GENES_FILE}" if filename_prefix else GENES_FILE
+        path = Path(save_directory) / name
+        path.write_bytes(self._genes_bytes)
+        return (str(path),)
+
+    @property
+    def mask_bin_id(self) -> int:
+        """Bin id that hides a gene's expression."""
+        return self.num_expression_bins + 1
+
+    @property
+    def pad_bin_id(self) -> int:
+        """Bin id of padding."""
+        return self.num_expression_bins + 2
+
+    @property
+    def gene_set(self) -> list[str] | None:
+        """Symbols of the genes that cells are restricted to, or None for all; settable."""
+        return self._gene_set
+
+    @gene_set.setter
+    def gene_set(self, names: Sequence[str] | None) -> None:
+        if names is None:
+            self._gene_set = None
+            return
+        resolution = self.resolve_genes(names)
+        unknown = resolution.names[resolution.token_ids < 0]
+        if len(unknown) or not len(resolution.names):
+            raise ValueError(
+                f"A gene set must hold at least one name, all of them known, got {len(resolution.names):,} names of "
+                f"which {len(unknown):,} are unknown{_examples(unknown)}. Keep those that "
+                "`tokenizer.resolve_genes(names)` resolves."
+            )
+        self._gene_set = self.convert_ids_to_tokens(np.unique(resolution.token_ids).tolist())
+
+    # -- genes -----------------------------------------------------------------------------------------------------
+
+    def resolve_genes(self, names: Sequence[str]) -> GeneResolution:
+        """Find the gene that each name stands for: approved HGNC symbols, and Ensembl ids with or without version.
+
+        Parameters
+        ----------
+        names
+            (genes,), such as ``adata.var_names``.
+        """
+        names = np.asarray(names, dtype=object)
+        if names.ndim != 1:
+            raise ValueError(f"Gene names must be one list, got {names.ndim} dimensions. Flatten them.")
+        resolved = [self._resolve_gene(str(name)) for name in names]
+        return GeneResolution(
+            names=names,
+            token_ids=np.array([token_id for token_id, _ in resolved], dtype=np.int64),
+            rule=np.array([rule for _, rule in resolved], dtype=object),
+        )
+
+    def _resolve_gene(self, name: str) -> tuple[int, str]:
+        if (token_id := self._id_of_symbol.get(name)) is not None:
+            return token_id, "approved symbol"
+        if match := _ENSEMBL_ID.fullmatch(name):
+            if (token_id := self._id_of_ensembl.get(match[1])) is not None:
+                return token_id, "Ensembl id"
+            if match[1] in self._ambiguous:
+                return -1, "ambiguous"
+        token_id = self._added_tokens_encoder.get(name, 0)
+        return (token_id, "added token") if token_id else (-1, "unknown")
+
+    # -- cells -----------------------------------------------------------------------------------------------------
+
+    def tokenize_cells(
+        self,
+        cells,
+        gene_names: Sequence[str] | GeneResolution | None = None,
+        *,
+        layer: str | None = None,
+        gene_column: str | None = None,
+        max_length: int | None = None,
+    ) -> CellTokens:
+        """Tokenize many cells into flat arrays; what a data set or a file of any size is built from.
+
+        Each cell is restricted to the genes of the vocabulary, or of ``gene_set``, before its values are ranked, so
+        its tokens do not depend on which other genes its file has. Columns of the same gene are added up.
+
+        Parameters
+        ----------
+        cells, gene_names, layer, gene_column
+            As in calling the tokenizer; ``gene_names`` may also be what `resolve_genes` returned.
+        max_length
+            Genes of a cell that are kept, in the fixed pseudo-random order; None keeps all.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As in calling the tokenizer.
+        """
+        matrix, names, source = self._matrix_and_names(cells, gene_names, layer, gene_column)
+        cell_index, gene_index, values, num_cells = _expressed_entries(matrix, source)
+        token_of_column = self._usable_tokens(names)
+
+        tokens = token_of_column[gene_index]
+        known = tokens >= 0
+        cell_index, tokens, values = cell_index[known], tokens[known], values[known]
+
+        order = np.lexsort((draw_order(len(self))[tokens], cell_index))
+        cell_index, tokens, values = cell_index[order], tokens[order], values[order]
+        if len(tokens):
+            new_token = np.append(True, (cell_index[1:] != cell_index[:-1]) | (tokens[1:] != tokens[:-1]))
+            if not new_token.all():
+                values = np.add.reduceat(values, np.flatnonzero(new_token))
+                cell_index, tokens = cell_index[new_token], tokens[new_token]
+
+        bins = quantile_bins(values, cell_index, self.num_expression_bins)
+        counts = np.bincount(cell_index, minlength=num_cells)
+        if max_length is not None and counts.max(initial=0) > max_length:
+            place_in_cell = np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
+            kept = place_in_cell < max_length
+            tokens, bins, counts = tokens[kept], bins[kept], np.minimum(counts, max_length)
+        return CellTokens(
+            input_ids=tokens.astype(np.int32),
+            expression_bins=bins.astype(np.uint8 if self.num_expression_bins < 256 else np.int32),
+            indptr=np.append(0, np.cumsum(counts)),
+        )
+
+    def _matrix_and_names(self, cells, gene_names, layer, gene_column):
+        """The (cells, genes) matrix, its gene names or their resolution, and what to call it in an error."""
+        if isinstance(cells, (str, bytes)) or (isinstance(cells, Sequence) and cells and isinstance(cells[0], str)):
+            raise TypeError(
+                "PanFoMaTokenizer reads expression, not text, got a string. "
+                "Pass a (cells, genes) matrix with `gene_names`, or an AnnData."
+            )
+        if is_anndata(cells):
+            matrix, names, source = choose_matrix(cells, layer, gene_column)
+            if layer is None:
+                logger.warning_once(f"Expression is read from {source}; pass `layer` to choose another matrix.")
+            names = names if gene_names is None else gene_names
+        elif layer is not None or gene_column is not None:
+            raise ValueError(
+                f"`layer` and `gene_column` belong to an AnnData, got {type(cells).__name__}. Leave them out."
+            )
+        else:
+            matrix, names, source = cells, gene_names, "the matrix"
+            if hasattr(cells, "columns") and hasattr(cells, "to_numpy"):  # a data frame
+                matrix, names = cells.to_numpy(), list(cells.columns) if gene_names is None else gene_names
+            elif not hasattr(cells, "tocsr"):
+                matrix = np.asarray(cells)
+        if names is None:
+            raise ValueError(
+                "A matrix needs `gene_names`, one name for each column, got None. "
+                "Pass them, or pass an AnnData or a data frame that carries them."
+            )
+        if getattr(matrix, "ndim", 2) == 1:
+            matrix = matrix[None] if isinstance(matrix, np.ndarray) else matrix.reshape(1, -1)
+        num_names = len(names.names) if isinstance(names, GeneResolution) else len(names)
+        if matrix.shape[-1] != num_names:
+            hint = (
+                "The matrix has genes in rows: transpose it." if matrix.shape[0] == num_names else "Pass both as one."
+            )
+            raise ValueError(
+                f"`gene_names` must have one name for each column of {source}, got {num_names:,} names for "
+                f"{matrix.shape[-1]:,} columns. {hint}"
+            )
+        return matrix, names, source
+
+    def _usable_tokens(self, names: Sequence[str] | GeneResolution) -> np.ndarray:
+        """Token id of each column, -1 where it is unknown or outside the gene set; at least one is known."""
+        resolution = names if isinstance(names, GeneResolution) else self.resolve_genes(names)
+        tokens = resolution.token_ids
+        if self._gene_set is not None:
+            tokens = np.where(np.isin(tokens, self.convert_tokens_to_ids(self._gene_set)), tokens, -1)
+        if not (tokens >= 0).any():
+            among = "the vocabulary" if self._gene_set is None else f"the {len(self._gene_set):,} genes of the gene set"
+            raise ValueError(
+                f"At least one gene must be among {among}, got none of {len(tokens):,}{_examples(resolution.names)}. "
+                "Pass HGNC symbols or human Ensembl ids as `gene_names` or `var_names`, or name the column of var that "
+                "has them with `gene_column`."
+            )
+        return tokens
+
+    def __call__(
+        self,
+        cells,
+        gene_names: Sequence[str] | GeneResolution | None = None,
+        *,
+        layer: str | None = None,
+        gene_column: str | None = None,
+        padding: bool | str = False,
+        truncation: bool = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool = True,
+        return_length: bool = False,
+    ) -> BatchEncoding:
+        """Tokenize one cell or many.
+
+        Parameters
+        ----------
+        cells
+            (cells, genes) or one cell's (genes,): dense, sparse or a data frame; or an AnnData. Non-negative, in any
+            scale that keeps a cell's order: counts, CPM and log1p(CPM) give the same tokens.
+        gene_names
+            (genes,), approved HGNC symbols or Ensembl ids; an AnnData or a data frame brings its own.
+        layer, gene_column
+            An AnnData's layer (or "X", "raw") and the column of ``var`` with gene names; by default
+            ``layers["counts"]``, else ``raw.X``, else ``X``, with ``var_names``.
+        padding
+            False, True or "longest", or "max_length".
+        truncation
+            Whether a cell keeps ``max_length`` genes at most, in a fixed pseudo-random order of genes. True unless
+            said otherwise, as the model is trained on such cells.
+        max_length
+            None takes ``model_max_length``.
+        pad_to_multiple_of
+            Pad to a multiple of this length.
+        return_tensors
+            "pt" or "np"; None returns lists.
+        return_attention_mask, return_length
+            Whether to return them.
+
+        Returns
+        -------
+        ``input_ids``, ``expression_bins`` and ``attention_mask``, (cells, seq) each; for one cell given as a vector and
+        without ``return_tensors``, (seq,). A cell without an expressed gene is all padding, and a warning says so.
+
+        Raises
+        ------
+        ValueError
+            If a value is negative, NaN or infinite, the gene names do not fit the matrix, or none is known.
+        TypeError
+            If the expression is not numeric.
+        """
+        max_length = self.model_max_length if max_length is None else max_length
+        tokens = self.tokenize_cells(
+            cells,
+            gene_names,
+            layer=layer,
+            gene_column=gene_column,
+            max_length=max_length if truncation else None,
+        )
+        warn_of_empty_cells(tokens.lengths)
+        batch = [tokens.cell(index) for index in range(len(tokens))]
+        encoding = {key: [cell[key].tolist() for cell in batch] for key in ("input_ids", "expression_bins")}
+        if return_attention_mask:
+            encoding["attention_mask"] = [[1] * length for length in tokens.lengths.tolist()]
+        if return_length:
+            encoding["length"] = tokens.lengths.tolist()
+        encoding = self.pad(
+            encoding,
+            padding=padding,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_attention_mask=return_attention_mask,
+            return_tensors=return_tensors,
+        )
+        is_single = not is_anndata(cells) and np.ndim(cells) == 1
+        if is_single and return_tensors is None:
+            encoding = BatchEncoding({key: values[0] for key, values in encoding.items()})
+        return encoding
+
+    def pad(
+        self,
+        encoded_inputs: Mapping | Sequence[Mapping],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        verbose: bool = True,
+    ) -> BatchEncoding:
+        """Pad encoded cells to one length, with the [PAD] gene and the [PAD] bin, on the right.
+
+        Parameters
+        ----------
+        encoded_inputs
+            One encoding, a list of encodings (as a data loader gives), or a batch; lists or arrays.
+        padding
+            True or "longest", "max_length", or False.
+        max_length
+            Length for "max_length"; None takes ``model_max_length``.
+        pad_to_multiple_of
+            Round the length up to a multiple of this.
+        padding_side
+            "right" or None.
+        return_attention_mask
+            None returns it.
+        return_tensors
+            "pt" or "np"; None returns lists.
+        verbose
+            Of no effect; other tokenizers take it.
+
+        Returns
+        -------
+        The encoding with ``input_ids``, ``expression_bins`` and ``attention_mask`` padded, at least one position long,
+        and whatever else the inputs had, as it was.
+
+        Raises
+        ------
+        ValueError
+            If the inputs have no gene ids, or a cell is longer than the length to pad to.
+        """
+        if padding_side not in (None, "right"):
+            raise ValueError(f"Padding must be on the right, got {padding_side!r}. Leave `padding_side` out.")
+        if not isinstance(encoded_inputs, Mapping):
+            encoded_inputs = {key: [cell[key] for cell in encoded_inputs] for key in encoded_inputs[0]}
+        batch = dict(encoded_inputs)
+        if "input_ids" not in batch:
+            raise ValueError(
+                f"Encodings to pad need 'input_ids', got {sorted(batch)}. Pass what the tokenizer returns."
+            )
+        is_single = len(batch["input_ids"]) > 0 and np.ndim(batch["input_ids"][0]) == 0
+        if is_single:
+            batch = {key: [values] for key, values in batch.items()}
+        lengths = [len(ids) for ids in batch["input_ids"]]
+        if return_attention_mask is not False and "attention_mask" not in batch:
+            batch["attention_mask"] = [np.ones(length, dtype=np.int64) for length in lengths]
+        if padding not in (False, "do_not_pad"):
+            length = self._padded_length(lengths, padding, max_length, pad_to_multiple_of)
+            fillers = {"input_ids": self.pad_token_id, "expression_bins": self.pad_bin_id, "attention_mask": 0}
+            for key in batch.keys() & fillers.keys():
+                padded = _pad_rows(batch[key], length, fillers[key])
+                batch[key] = padded if return_tensors else padded.tolist()
+        if is_single:
+            batch = {key: values[0] for key, values in batch.items()}
+        return BatchEncoding(
+            batch, tensor_type=return_tensors, prepend_batch_axis=is_single and return_tensors is not None
+        )
+
+    def _padded_length(self, lengths, padding, max_length, pad_to_multiple_of) -> int:
+        longest = max(lengths, default=0)
+        length = longest
+        if padding == "max_length":
+            length = self.model_max_length if max_length is None else max_length
+            if longest > length:
+                raise ValueError(
+                    f"Cells must fit into the length to pad to, {length}, got one of {longest} genes. "
+                    "Truncate when tokenizing, or pad to a larger `max_length`."
+                )
+        elif padding not in (True, "longest"):
+            raise ValueError(f"`padding` must be True, False, 'longest' or 'max_length', got {padding!r}.")
+        length = max(length, 1)  # a batch of empty cells still is a batch
+        return length if not pad_to_multiple_of else -(-length // pad_to_multiple_of) * pad_to_multiple_of
+
+
+def _pad_rows(rows: Sequence, length: int, filler: int) -> np.ndarray:
+    """(rows, length) int64 with each row at the start of its line."""
+    padded = np.full((len(rows), length), filler, dtype=np.int64)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return padded
+
+
+def warn_of_empty_cells(lengths: np.ndarray) -> None:
+    """Say which cells have no expressed gene that the model reads."""
+    empty = np.flatnonzero(np.asarray(lengths) == 0)
+    if len(empty):
+        logger.warning(
+            f"{len(empty):,} of {len(lengths):,} cells have no expressed gene of the vocabulary{_examples(empty)}; "
+            "their embedding says nothing. Remove them, or check the gene names."
+        )
+
+
+def _examples(items: Sequence, limit: int = 3) -> str:
+    """A parenthesis with the first few items; nothing where there is none."""
+    shown = ", ".join(str(item) for item in items[:limit])
+    return f" ({shown}{', ...' if len(items) > limit else ''})" if len(items) else ""
+
+
+def _read_genes_file(genes_file: str | None, expected_sha256: str | None) -> bytes:
+    """The gene table's bytes; a saved tokenizer must find its own table again, not another."""
+    packaged = Path(__file__).parent / GENES_FILE
+    if genes_file is None and expected_sha256 is not None:
+        raise ValueError(
+            f"A saved tokenizer needs its gene table {GENES_FILE}, got a checkpoint without it. "
+            "Copy the file from where the checkpoint came from, or download the checkpoint again."
+        )
+    path = packaged if genes_file is None else Path(genes_file)
+    if not path.is_file():
+        raise ValueError(
+            f"A gene table must be a file, got {path}. "
+            "Load the tokenizer with `from_pretrained`, or install panfoma-hf for the packaged table."
+        )
+    table = path.read_bytes()
+    if expected_sha256 is not None and hashlib.sha256(table).hexdigest() != expected_sha256:
+        raise ValueError(
+            f"A saved tokenizer needs the gene table that it was made with, got another or a damaged one in {path}. "
+            "Download the checkpoint again."
+        )
+    return table
+
+
+PanFoMaTokenizer.register_for_auto_class()
+
+__all__ = ["CellTokens", "GeneResolution", "PanFoMaTokenizer"]

@@ -1,0 +1,773 @@
+# Copyright 2026 The PanFoMa-HF authors. Licensed under the Apache License, Version 2.0.
+"""PanFoMa: a shared-weight Transformer over chunks of genes, then a bidirectional Mamba over sorted genes.
+
+Source: Huang et al., "PanFoMa: A Lightweight Foundation Model and Benchmark for Pan-Cancer", AAAI 2026,
+arXiv 2512.03111. The file follows the paper's order: embeddings, local-context encoder, global cell state and
+dynamic sorting, global decoder, model, heads. "Paper" marks what the paper states; "ours" what it leaves open.
+
+Shape words: batch, seq (genes of a cell), chunk (genes of a chunk), hidden; a cell is one sequence and a token is
+one gene with its expression bin.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_panfoma import PanFoMaConfig
+from .selective_scan import selective_scan_fn
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Outputs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PanFoMaModelOutput(ModelOutput):
+    """Output of `PanFoMaModel`; every sequence is in the input's gene order.
+
+    Parameters
+    ----------
+    last_hidden_state
+        (batch, seq, hidden), contextual gene embeddings; values at pads mean nothing.
+    pooler_output
+        (batch, hidden), the cell embedding.
+    gene_scores
+        (batch, seq) float32, relevance of each gene to the global cell state; 0 at pads.
+    hidden_states
+        One (batch, seq, hidden) for the embeddings and one after each layer.
+    attentions
+        One (batch, chunks, heads, chunk + 1, chunk + 1) for each encoder layer; position 0 is [CLS].
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    gene_scores: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class PanFoMaMaskedExpressionOutput(ModelOutput):
+    """Output of `PanFoMaForMaskedExpression`.
+
+    Parameters
+    ----------
+    loss
+        Scalar, the weighted sum of the two losses.
+    logits
+        (batch, seq, bins + 1), prediction of each gene's bin from its contextual state.
+    cell_logits
+        (batch, seq, bins + 1), the same from the cell embedding and the gene's id alone.
+    gene_loss, cell_loss
+        Scalars, cross-entropy of either prediction over the labelled genes.
+    pooler_output
+        (batch, hidden), the cell embedding.
+    hidden_states, attentions
+        As in `PanFoMaModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cell_logits: Tensor | None = None
+    gene_loss: Tensor | None = None
+    cell_loss: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chunking and reordering
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def split_into_chunks(sequence: Tensor, chunk_size: int) -> Tensor:
+    """Cut at multiples of ``chunk_size`` from the start, so that padding moves no gene to another chunk.
+
+    Parameters
+    ----------
+    sequence
+        (batch, seq, ...).
+    chunk_size
+        Genes per chunk; the last chunk is filled with zeros, a single one is left at its length.
+
+    Returns
+    -------
+    (batch, chunks, chunk, ...)
+    """
+    batch, seq = sequence.shape[:2]
+    chunks = max(1, -(-seq // chunk_size))
+    length = chunk_size if chunks > 1 else seq
+    missing = chunks * length - seq
+    if missing:
+        filler = sequence.new_zeros(batch, missing, *sequence.shape[2:])
+        sequence = torch.cat([sequence, filler], dim=1)
+    return sequence.reshape(batch, chunks, length, *sequence.shape[2:])
+
+
+def reorder(sequence: Tensor, order: Tensor) -> Tensor:
+    """Take (batch, seq, hidden) in the order of positions (batch, seq)."""
+    return sequence.gather(1, order[..., None].expand_as(sequence))
+
+
+def reversal_order(lengths: Tensor, seq: int) -> Tensor:
+    """Positions (batch, seq) that reverse each cell's first ``lengths`` entries and leave the pads in place.
+
+    Pads stay last in both directions, so they reach neither the convolution nor the state of a real gene (ours).
+    The order is its own inverse.
+    """
+    positions = torch.arange(seq, device=lengths.device)[None]
+    return torch.where(positions < lengths[:, None], lengths[:, None] - 1 - positions, positions)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Embeddings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class PanFoMaEmbeddings(nn.Module):
+    """Sum of a gene's id embedding and its expression bin's embedding, without positions (paper)."""
+
+    def __init__(self, config: PanFoMaConfig):
+        super().__init__()
+        self.gene_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.bin_embeddings = nn.Embedding(config.num_bin_ids, config.hidden_size, padding_idx=config.pad_bin_id)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, input_ids: Tensor | None, expression_bins: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.gene_embeddings(input_ids)
+        if expression_bins is not None:
+            inputs_embeds = inputs_embeds + self.bin_embeddings(expression_bins)
+        return self.dropout(inputs_embeds)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Local-context encoder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain operators, for `attn_implementation="eager"` and to read attention weights."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class PanFoMaAttention(nn.Module):
+    """Multi-head self-attention among the genes of one chunk, through the Transformers attention interface."""
+
+    def __init__(self, config: PanFoMaConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        chunks, seq, _ = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(chunks, seq, 3, -1, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(chunks, seq, -1)), weights
+
+
+class PanFoMaEncoderLayer(GradientCheckpointingLayer):
+    """Pre-norm Transformer block with a GELU MLP (ours; the paper says "Transformer encoder")."""
+
+    def __init__(self, config: PanFoMaConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = PanFoMaAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.mlp_down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.attention(self.attention_norm(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        mlp = self.mlp_down_proj(self.act(self.mlp_up_proj(self.mlp_norm(hidden_states))))
+        return hidden_states + self.dropout(mlp), weights
+
+
+class PanFoMaEncoder(nn.Module):
+    """One encoder for all chunks, its layers sharing parameters within each group (paper: one group).
+
+    Every chunk is led by the same learnable [CLS] vector (ours), so any number of chunks works.
+    """
+
+    def __init__(self, config: PanFoMaConfig):
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.empty(config.hidden_size))
+        self.layer_groups = nn.ModuleList(PanFoMaEncoderLayer(config) for _ in range(config.num_hidden_groups))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        attention_mask: Tensor,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Encode each chunk by itself.
+
+        Returns
+        -------
+        Gene states (batch, seq, hidden); [CLS] states (batch, chunks, hidden); the gene states after each layer and
+        the attentions of each layer where asked for.
+        """
+        batch, seq, hidden = embeddings.shape
+        chunks = split_into_chunks(embeddings, self.config.chunk_size)
+        mask = split_into_chunks(attention_mask, self.config.chunk_size)
+        num_chunks = chunks.shape[1]
+        cls = self.cls_token.to(embeddings.dtype).expand(batch, num_chunks, 1, hidden)
+        # Chunks fold into the batch: the one encoder reads them all in parallel.
+        hidden_states = torch.cat([cls, chunks], dim=2).flatten(0, 1)
+        mask = F.pad(mask, (1, 0), value=True).flatten(0, 1)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=mask)
+
+        def genes(states: Tensor) -> Tensor:
+            return states.unflatten(0, (batch, num_chunks))[:, :, 1:].flatten(1, 2)[:, :seq]
+
+        all_hidden_states, all_attentions = (), ()
+        layers_per_group = self.config.num_encoder_layers // self.config.num_hidden_groups
+        for index in range(self.config.num_encoder_layers):
+            layer = self.layer_groups[index // layers_per_group]
+            hidden_states, weights = layer(hidden_states, mask, **kwargs)
+            if output_hidden_states:
+                all_hidden_states += (genes(hidden_states),)
+            if output_attentions:
+                all_attentions += (weights.unflatten(0, (batch, num_chunks)),)
+        hidden_states = self.final_norm(hidden_states)
+        cls_states = hidden_states.unflatten(0, (batch, num_chunks))[:, :, 0]
+        return genes(hidden_states), cls_states, all_hidden_states, all_attentions
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Global cell state and dynamic sorting
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def global_cell_state(cls_states: Tensor, attention_mask: Tensor, chunk_size: int) -> Tensor:
+    """Mean of the chunks' [CLS] states (paper), weighted by each chunk's number of real genes (ours).
+
+    Parameters
+    ----------
+    cls_states
+        (batch, chunks, hidden).
+    attention_mask
+        (batch, seq), true at real genes.
+
+    Returns
+    -------
+    (batch, hidden). A cell without genes takes the [CLS] state of its first, empty chunk.
+    """
+    weights = split_into_chunks(attention_mask, chunk_size).sum(-1)
+    empty = weights.sum(-1, keepdim=True) == 0
+    weights = torch.cat([weights[:, :1] + empty, weights[:, 1:]], dim=1).to(cls_states.dtype)
+    return (cls_states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+
+
+def relevance_order(gene_states: Tensor, cell_state: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Score genes by ``s_i = h_i . h_global`` and sort them, highest first, stably, pads last (paper).
+
+    Returns
+    -------
+    Scores (batch, seq) in float32, 0 at pads; positions (batch, seq) in the sorted order. The order has no gradient.
+    """
+    scores = (gene_states.float() * cell_state.float()[:, None]).sum(-1)
+    order = scores.detach().masked_fill(~attention_mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return scores.masked_fill(~attention_mask, 0.0), order
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Global decoder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class PanFoMaTimeStepProjection(nn.Linear):
+    """Mamba's step-size projection: returns its bias apart, in float32, for the scan to add."""
+
+    def __init__(self, rank: int, channels: int):
+        super().__init__(rank, channels, bias=True)
+        # Small steps need float32 whatever the model's dtype is.
+        self.bias = nn.Parameter(torch.empty(channels, dtype=torch.float32))
+
+    def forward(self, time_step: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(time_step, self.weight), self.bias.float()
+
+
+class PanFoMaMambaMixer(nn.Module):
+    """One direction of Mamba (S6), with the parameter names of Transformers' Mamba.
+
+    Source: Gu and Dao, arXiv 2312.00752, figure 3 and algorithm 2.
+    """
+
+    def __init__(self, config: PanFoMaConfig):
+        super().__init__()
+        self.config = config
+        channels, states = config.mamba_intermediate_size, config.state_size
+        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(
+            channels,
+            channels,
+            kernel_size=config.conv_kernel,
+            groups=channels,
+            padding=config.conv_kernel - 1,
+            bias=config.use_conv_bias,
+        )
+        self.x_proj = nn.Linear(channels, config.time_step_rank + 2 * states, bias=False)
+        self.dt_proj = PanFoMaTimeStepProjection(config.time_step_rank, channels)
+        self.A_log = nn.Parameter(torch.empty(channels, states, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(channels, dtype=torch.float32))
+        self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.use_bias)
+
+    @torch.no_grad()
+    def init_mamba_weights(self):
+        """Mamba's own initialisation: A by S4D-real, steps log-uniform between time_step_min and time_step_max."""
+        config, channels = self.config, self.config.mamba_intermediate_size
+        A = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=self.A_log.device)
+        init.copy_(self.A_log, A.log().expand(channels, -1))
+        init.ones_(self.D)
+        init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
+        bound = config.time_step_rank**-0.5 * config.time_step_scale
+        init.uniform_(self.dt_proj.weight, -bound, bound)
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        uniform = torch.rand(channels, dtype=torch.float32, device=self.dt_proj.bias.device)
+        steps = (uniform * (high - low) + low).exp().clamp(min=config.time_step_floor)
+        init.copy_(self.dt_proj.bias, steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(batch, seq, hidden) to (batch, seq, hidden); a position sees itself and those before it."""
+        seq = hidden_states.shape[1]
+        inputs, gate = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
+        inputs = F.silu(self.conv1d(inputs)[..., :seq])
+        rank, states = self.config.time_step_rank, self.config.state_size
+        time_step, B, C = self.x_proj(inputs.transpose(1, 2)).split([rank, states, states], dim=-1)
+        delta, delta_bias = self.dt_proj(time_step)
+        scanned = selective_scan_fn(
+            inputs,
+            delta.transpose(1, 2),
+            -torch.exp(self.A_log.float()),
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            self.D.float(),
+            z=gate,
+            delta_bias=delta_bias,
+            delta_softplus=True,
+        )
+        return self.out_proj(scanned.transpose(1, 2))
+
+
+class PanFoMaDecoderLayer(GradientCheckpointingLayer):
+    """Forward and backward Mamba with separate weights, mixed by a vector gate (gate: paper; per layer: ours)."""
+
+    def __init__(self, config: PanFoMaConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.forward_mamba = PanFoMaMambaMixer(config)
+        self.backward_mamba = PanFoMaMambaMixer(config)
+        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, reversal: Tensor) -> Tensor:
+        """(batch, seq, hidden) sorted genes with pads last; ``reversal`` comes from `reversal_order`."""
+        normed = self.norm(hidden_states)
+        forward = self.forward_mamba(normed)
+        backward = reorder(self.backward_mamba(reorder(normed, reversal)), reversal)
+        gate = torch.sigmoid(self.gate_proj(normed))
+        return hidden_states + self.dropout(gate * forward + (1 - gate) * backward)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What a checkpoint says of itself, so that every Auto class finds its code in it, whichever head was saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_panfoma.PanFoMaConfig",
+    "AutoModel": "modeling_panfoma.PanFoMaModel",
+    "AutoModelForSequenceClassification": "modeling_panfoma.PanFoMaForCellClassification",
+    "AutoModelForMaskedLM": "modeling_panfoma.PanFoMaForMaskedExpression",
+    "AutoModelForPreTraining": "modeling_panfoma.PanFoMaForMaskedExpression",
+}
+
+
+class PanFoMaPreTrainedModel(PreTrainedModel):
+    """Initialisation, dtypes and saving shared by PanFoMa and its heads."""
+
+    config_class = PanFoMaConfig
+    base_model_prefix = "panfoma"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PanFoMaEmbeddings", "PanFoMaEncoderLayer", "PanFoMaDecoderLayer"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_proj.bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PanFoMaMambaMixer):
+            module.init_mamba_weights()
+        elif isinstance(module, PanFoMaEncoder):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save weights, configuration and the code that every Auto class needs to load them; see `PreTrainedModel`."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class PanFoMaModel(PanFoMaPreTrainedModel):
+    """PanFoMa without a head: cell and gene embeddings.
+
+    Parameters
+    ----------
+    config
+        `PanFoMaConfig`.
+    """
+
+    def __init__(self, config: PanFoMaConfig):
+        super().__init__(config)
+        self.embeddings = PanFoMaEmbeddings(config)
+        self.encoder = PanFoMaEncoder(config)
+        self.decoder_layers = nn.ModuleList(PanFoMaDecoderLayer(config) for _ in range(config.num_decoder_layers))
+        self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Embeddings of gene ids, (vocab, hidden): the static gene embeddings."""
+        return self.embeddings.gene_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        """Replace the embeddings of gene ids, as `resize_token_embeddings` does."""
+        self.embeddings.gene_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        expression_bins: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> PanFoMaModelOutput:
+        """Embed cells and their genes.
+
+        Parameters
+        ----------
+        input_ids
+            (batch, seq), gene ids.
+        expression_bins
+            (batch, seq), expression bins; required with ``input_ids``.
+        attention_mask
+            (batch, seq), 1 at genes and 0 at pads; None means no pads. Pads belong at the end: a cell's chunks are
+            cut from its start.
+        inputs_embeds
+            (batch, seq, hidden), in place of the id embeddings of ``input_ids``.
+        output_hidden_states, output_attentions
+            Whether to return them; attentions need ``attn_implementation="eager"``.
+        kwargs
+            ``return_dict``, and whatever the attention implementation takes.
+
+        Raises
+        ------
+        ValueError
+            If the inputs do not fit together.
+        """
+        config = self.config
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        attention_mask = self._check_inputs(input_ids, expression_bins, attention_mask, inputs_embeds)
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                f"Attentions are returned by the eager implementation only, got {config._attn_implementation!r}. "
+                "Load the model with `attn_implementation='eager'`, or leave `output_attentions` out."
+            )
+
+        embeddings = self.embeddings(input_ids, expression_bins, inputs_embeds)
+        gene_states, cls_states, hidden_states, attentions = self.encoder(
+            embeddings, attention_mask, output_hidden_states, output_attentions, **kwargs
+        )
+
+        cell_state = global_cell_state(cls_states, attention_mask, config.chunk_size)
+        gene_scores, order = relevance_order(gene_states, cell_state, attention_mask)
+        position_of_gene = order.argsort(dim=-1)  # the inverse permutation: unsorts
+
+        # The cell state leads the sorted genes: the backward direction ends on it, so it reads every gene (ours).
+        sorted_states = torch.cat([cell_state[:, None].to(gene_states.dtype), reorder(gene_states, order)], dim=1)
+        lengths = attention_mask.sum(-1) + 1
+        reversal = reversal_order(lengths, sorted_states.shape[1])
+        decoded = ()
+        for layer in self.decoder_layers:
+            sorted_states = layer(sorted_states, reversal)
+            decoded += (sorted_states,)
+        sorted_states = self.final_norm(sorted_states)
+        last_hidden_state = reorder(sorted_states[:, 1:], position_of_gene)
+
+        if output_hidden_states:
+            # As elsewhere in Transformers, the last entry is the normed last_hidden_state.
+            decoded = tuple(reorder(states[:, 1:], position_of_gene) for states in decoded[:-1])
+            hidden_states = (embeddings, *hidden_states, *decoded, last_hidden_state)
+        return PanFoMaModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=sorted_states[:, 0],
+            gene_scores=gene_scores,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+
+    @staticmethod
+    def _check_inputs(input_ids, expression_bins, attention_mask, inputs_embeds) -> Tensor:
+        """Raise on inputs that do not fit; return the mask as booleans (batch, seq)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "Exactly one of `input_ids` and `inputs_embeds` is needed, got "
+                f"{'neither' if input_ids is None else 'both'}. "
+                "Pass what the tokenizer returns: `model(**tokenizer(...))`."
+            )
+        if input_ids is not None and expression_bins is None:
+            raise ValueError(
+                "`expression_bins` must come with `input_ids`, got None. "
+                "Pass everything that the tokenizer returns: `model(**tokenizer(...))`."
+            )
+        reference = input_ids if input_ids is not None else inputs_embeds[..., 0]
+        if reference.ndim != 2:
+            raise ValueError(
+                f"Inputs must be (batch, seq), got {tuple(reference.shape)}. For one cell add a batch dimension, or "
+                "call the tokenizer with `return_tensors='pt'`."
+            )
+        for name, tensor in (("expression_bins", expression_bins), ("attention_mask", attention_mask)):
+            if tensor is not None and tensor.shape != reference.shape:
+                raise ValueError(
+                    f"`{name}` must have the shape of the gene ids, {tuple(reference.shape)}, got "
+                    f"{tuple(tensor.shape)}. "
+                    "Pad them together with `tokenizer.pad`."
+                )
+        if attention_mask is None:
+            return torch.ones_like(reference, dtype=torch.bool)
+        return attention_mask.bool()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Heads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
+    """PanFoMa that predicts the expression bins of masked genes: pretraining, and imputation of bins (ours)."""
+
+    def __init__(self, config: PanFoMaConfig):
+        super().__init__(config)
+        self.panfoma = PanFoMaModel(config)
+        self.gene_head = PanFoMaExpressionHead(config)
+        self.cell_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.gene_id_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.cell_head = PanFoMaExpressionHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        expression_bins: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> PanFoMaMaskedExpressionOutput:
+        """Predict bins, from each gene's state and from the cell embedding alone.
+
+        Parameters
+        ----------
+        input_ids, expression_bins, attention_mask
+            (batch, seq), as in `PanFoMaModel`; masked genes hold ``config.mask_bin_id``.
+        labels
+            (batch, seq), the true bins of the masked genes and -100 elsewhere.
+        num_items_in_batch
+            Labelled genes of the whole optimiser step, which Trainer gives when it accumulates gradients.
+        """
+        outputs = self.panfoma(
+            input_ids,
+            expression_bins,
+            attention_mask,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.gene_head(outputs.last_hidden_state)
+        gene_ids = self.panfoma.get_input_embeddings()(input_ids)
+        cell_logits = self.cell_head(self.cell_proj(outputs.pooler_output)[:, None] + self.gene_id_proj(gene_ids))
+
+        loss = gene_loss = cell_loss = None
+        if labels is not None:
+            gene_loss = masked_cross_entropy(logits, labels, num_items_in_batch)
+            cell_loss = masked_cross_entropy(cell_logits, labels, num_items_in_batch)
+            loss = self.config.gene_loss_weight * gene_loss + self.config.cell_loss_weight * cell_loss
+        return PanFoMaMaskedExpressionOutput(
+            loss=loss,
+            logits=logits,
+            cell_logits=cell_logits,
+            gene_loss=gene_loss,
+            cell_loss=cell_loss,
+            pooler_output=outputs.pooler_output,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class PanFoMaExpressionHead(nn.Module):
+    """Dense, activation, norm, and one logit for each bin from 0 to the last."""
+
+    def __init__(self, config: PanFoMaConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_expression_bins + 1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.out_proj(self.norm(self.act(self.dense(hidden_states))))
+
+
+def masked_cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy over the labels that are not -100, averaged over them or over ``num_items``; 0 where none is."""
+    labels = labels.to(logits.device)
+    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    if num_items is None:
+        num_items = (labels != -100).sum().clamp(min=1)
+    elif torch.is_tensor(num_items):
+        num_items = num_items.to(total.device)
+    return total / num_items
+
+
+class PanFoMaForCellClassification(PanFoMaPreTrainedModel):
+    """PanFoMa with a linear classifier on the cell embedding: cell type, cancer type, malignant or normal.
+
+    The names of the classes are in ``config.id2label``; ``config.problem_type`` may be
+    "single_label_classification", "multi_label_classification" or "regression".
+    """
+
+    def __init__(self, config: PanFoMaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.panfoma = PanFoMaModel(config)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        # Transformers picks its loss by class name, which names cells here, not sequences.
+        self.loss_type = "ForSequenceClassification"
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        expression_bins: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Classify cells.
+
+        Parameters
+        ----------
+        input_ids, expression_bins, attention_mask, inputs_embeds
+            As in `PanFoMaModel`.
+        labels
+            (batch,) integers for single-label problems, (batch, labels) floats for multi-label problems and
+            regression.
+        num_items_in_batch
+            Cells of the whole optimiser step, which Trainer gives when it accumulates gradients.
+
+        Returns
+        -------
+        ``loss`` where labels are given, and ``logits`` (batch, labels).
+        """
+        outputs = self.panfoma(
+            input_ids,
+            expression_bins,
+            attention_mask,
+            inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
+            )
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+PanFoMaModel.register_for_auto_class("AutoModel")
+PanFoMaForMaskedExpression.register_for_auto_class("AutoModelForMaskedLM")
+PanFoMaForCellClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+__all__ = [
+    "PanFoMaForCellClassification",
+    "PanFoMaForMaskedExpression",
+    "PanFoMaMaskedExpressionOutput",
+    "PanFoMaModel",
+    "PanFoMaModelOutput",
+    "PanFoMaPreTrainedModel",
+]

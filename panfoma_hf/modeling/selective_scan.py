@@ -1,0 +1,286 @@
+# Copyright 2026 The PanFoMa-HF authors. Licensed under the Apache License, Version 2.0.
+"""The selective scan of Mamba (S6): one operator, one signature, several bodies.
+
+Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+arXiv 2312.00752, equations 1a-2b and algorithm 2. Per channel, with a state of size N:
+
+    state[t] = exp(delta[t] A) * state[t-1] + delta[t] B[t] u[t]
+    y[t]     = <C[t], state[t]> + D u[t]
+
+Bodies: "reference" is plain PyTorch and runs wherever torch runs; "mamba_ssm" is the kernel of the
+mamba-ssm package, taken by itself when that package is installed and the tensors are on CUDA.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# Elements of (steps, batch, channels, states) held at a time by the reference body: 2**19 floats are 2 MiB,
+# so that the few tensors of one block stay in a CPU's cache. See docs/log.md for the measurement.
+_BLOCK_ELEMENTS = 2**19
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan a sequence with an input-dependent linear recurrence, in mamba-ssm's layout.
+
+    Parameters
+    ----------
+    u
+        (batch, channels, seq), the input.
+    delta
+        (batch, channels, seq), the step sizes before bias and softplus.
+    A
+        (channels, states), negative for a decaying state.
+    B, C
+        (batch, states, seq), input and output maps.
+    D
+        (channels,), the skip connection.
+    z
+        (batch, channels, seq); the output is multiplied by ``silu(z)``.
+    delta_bias
+        (channels,), added to ``delta``.
+    delta_softplus
+        Whether to apply softplus to ``delta + delta_bias``.
+    return_last_state
+        Whether to return the state after the last step too.
+    backend
+        "reference", "mamba_ssm", or None for the fastest one that fits.
+
+    Returns
+    -------
+    (batch, channels, seq) in the dtype of ``u``; with ``return_last_state`` also
+    (batch, channels, states) in float32 (float64 for float64 input).
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit or the backend is not known.
+    ImportError
+        If mamba-ssm is asked for and not installed.
+    """
+    _check_shapes(u, delta, A, B, C, D, z, delta_bias)
+    body = _choose_body(backend, u.device)
+    return body(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+
+def selective_scan_reference(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):
+    """The plain PyTorch body of `selective_scan_fn`; the twin that every other body is tested against."""
+    state_dtype = torch.promote_types(u.dtype, torch.float32)
+    u_wide, delta, A, B, C = (tensor.to(state_dtype) for tensor in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(state_dtype)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+
+    y, last_state, _ = _scan_op(u_wide, delta, A, B, C)
+
+    if D is not None:
+        y = y + u_wide * D.to(state_dtype)[:, None]
+    if z is not None:
+        y = y * F.silu(z.to(state_dtype))
+    y = y.to(u.dtype)
+    return (y, last_state) if return_last_state else y
+
+
+@functools.cache
+def _mamba_ssm_scan():
+    """The kernel of mamba-ssm, or None where that package cannot be imported."""
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as kernel
+    except ImportError:
+        return None
+    return kernel
+
+
+def selective_scan_mamba_ssm(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):
+    """mamba-ssm's kernel behind the same signature. It wants one dtype for the sequence, float32 for the rest."""
+    delta, B, C = (tensor.to(u.dtype) for tensor in (delta, B, C))
+    A, D, delta_bias = (None if tensor is None else tensor.float() for tensor in (A, D, delta_bias))
+    z = None if z is None else z.to(u.dtype)
+    return _mamba_ssm_scan()(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+
+_BODIES = {"reference": selective_scan_reference, "mamba_ssm": selective_scan_mamba_ssm}
+
+
+def _choose_body(backend: str | None, device: torch.device):
+    if backend is None:
+        fits = device.type == "cuda" and _mamba_ssm_scan() is not None
+        return _BODIES["mamba_ssm" if fits else "reference"]
+    if backend not in _BODIES:
+        raise ValueError(f"`backend` must be one of {', '.join(_BODIES)} or None, got {backend!r}. Leave it out.")
+    if backend == "mamba_ssm":
+        if _mamba_ssm_scan() is None:
+            raise ImportError(
+                "The backend 'mamba_ssm' needs the package mamba-ssm, which cannot be imported here. "
+                "Install it with `pip install panfoma-hf[cuda]`, or leave `backend` out."
+            )
+        if device.type != "cuda":
+            raise ValueError(
+                f"The backend 'mamba_ssm' runs on CUDA tensors, got {device.type}. Move them, or leave `backend` out."
+            )
+    return _BODIES[backend]
+
+
+def _check_shapes(u, delta, A, B, C, D, z, delta_bias):
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(
+            f"`u` must be (batch, channels, seq) and `A` (channels, states), got {tuple(u.shape)} and "
+            f"{tuple(A.shape)}. Transpose or reshape them."
+        )
+    (batch, channels, seq), states = u.shape, A.shape[1]
+    expected = {
+        "delta": (delta, (batch, channels, seq)),
+        "A": (A, (channels, states)),
+        "B": (B, (batch, states, seq)),
+        "C": (C, (batch, states, seq)),
+        "D": (D, (channels,)),
+        "z": (z, (batch, channels, seq)),
+        "delta_bias": (delta_bias, (channels,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"`{name}` must have shape {shape} for u {tuple(u.shape)} and A {tuple(A.shape)}, "
+                f"got {tuple(tensor.shape)}. Transpose or reshape it."
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The reference body's core. Autograd through a loop over the sequence would keep every step's tensors and call a dozen
+# operators a step. Here one block of steps is vectorised at a time, the loop itself is one multiply-add a step, only
+# the states between blocks are kept, and the backward pass recomputes a block from the state before it. It is a custom
+# operator so that torch.compile takes it whole instead of unrolling thousands of steps.
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The same file may be loaded twice in a process, from the package and from a checkpoint: each needs a name of its own.
+_NAMESPACE = __name__.replace(".", "_").replace("-", "_")
+
+
+def _block_length(batch: int, channels: int, states: int) -> int:
+    return max(1, _BLOCK_ELEMENTS // max(1, batch * channels * states))
+
+
+def _steps_first(*tensors: Tensor) -> list[Tensor]:
+    """(batch, any, seq) to contiguous (seq, batch, any), so that a step and a block are slices without strides."""
+    return [tensor.permute(2, 0, 1).contiguous() for tensor in tensors]
+
+
+def _block_terms(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Decay and input of each step of a block, both (steps, batch, channels, states)."""
+    decay = (delta[..., None] * A).exp_()
+    inputs = (delta * u)[..., None] * B[:, :, None]
+    return decay, inputs
+
+
+def _block_states(decay: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
+    """States after each step of a block, (steps, batch, channels, states); takes the memory of ``inputs``."""
+    for step in range(decay.shape[0]):
+        state = inputs[step].addcmul_(decay[step], state)
+    return inputs
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::scan", mutates_args=())
+def _scan_op(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence alone: outputs, the last state, and the state before each block."""
+    batch, channels, seq = u.shape
+    length = _block_length(batch, channels, A.shape[1])
+    u, delta, B, C = _steps_first(u, delta, B, C)
+    state = u.new_zeros(batch, channels, A.shape[1])
+    boundaries = u.new_empty(-(-seq // length), *state.shape)
+    y = torch.empty_like(u)
+    for index in range(boundaries.shape[0]):
+        boundaries[index] = state
+        block = slice(index * length, (index + 1) * length)
+        states = _block_states(*_block_terms(u[block], delta[block], A, B[block]), state)
+        torch.matmul(states, C[block, ..., None], out=y[block].unsqueeze(-1))
+        state = states[-1]
+    return y.permute(1, 2, 0).contiguous(), state.clone(), boundaries
+
+
+@_scan_op.register_fake
+def _(u, delta, A, B, C):
+    batch, channels, seq = u.shape
+    states = A.shape[1]
+    blocks = -(-seq // _block_length(batch, channels, states))
+    return (
+        u.new_empty(batch, channels, seq),
+        u.new_empty(batch, channels, states),
+        u.new_empty(blocks, batch, channels, states),
+    )
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::scan_backward", mutates_args=())
+def _scan_backward_op(
+    grad_y: Tensor, grad_state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, boundaries: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B and C; walks the blocks from the last to the first."""
+    batch, channels, _ = u.shape
+    length = _block_length(batch, channels, A.shape[1])
+    u, delta, B, C, grad_y = _steps_first(u, delta, B, C, grad_y)
+    grad_u, grad_delta, grad_B, grad_C = (torch.empty_like(tensor) for tensor in (u, delta, B, C))
+    grad_A = torch.zeros_like(A)
+    # Gradient that reaches the state after a block from the steps behind it.
+    carried = grad_state
+    for index in reversed(range(boundaries.shape[0])):
+        block = slice(index * length, (index + 1) * length)
+        decay, inputs = _block_terms(u[block], delta[block], A, B[block])
+        states = _block_states(decay, inputs, boundaries[index])
+
+        grad_C[block] = (grad_y[block, :, None] @ states).squeeze(2)
+        grad_states = grad_y[block, ..., None] * C[block, :, None]
+        grad_states[-1] += carried
+        for step in reversed(range(decay.shape[0] - 1)):
+            grad_states[step].addcmul_(decay[step + 1], grad_states[step + 1])
+        carried = decay[0] * grad_states[0]
+
+        grad_B[block] = ((delta[block] * u[block])[:, :, None] @ grad_states).squeeze(2)
+        grad_input = (grad_states @ B[block, ..., None]).squeeze(-1)  # of delta * u
+        # Gradient of the exponent delta * A: each step's decay multiplied the state before it.
+        grad_exponent = decay.mul_(grad_states)
+        grad_exponent[0] *= boundaries[index]
+        grad_exponent[1:] *= states[:-1]
+        grad_A += (grad_exponent * delta[block, ..., None]).sum((0, 1))
+        grad_delta[block] = grad_exponent.mul_(A).sum(-1).addcmul_(grad_input, u[block])
+        grad_u[block] = grad_input * delta[block]
+    grads = (grad.permute(1, 2, 0).contiguous() for grad in (grad_u, grad_delta, grad_B, grad_C))
+    grad_u, grad_delta, grad_B, grad_C = grads
+    return grad_u, grad_delta, grad_A, grad_B, grad_C
+
+
+@_scan_backward_op.register_fake
+def _(grad_y, grad_state, u, delta, A, B, C, boundaries):
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (u, delta, A, B, C))
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[2])
+
+
+def _scan_backward(ctx, grad_y, grad_state, _):
+    return _scan_backward_op(grad_y, grad_state, *ctx.saved_tensors)
+
+
+_scan_op.register_autograd(_scan_backward, setup_context=_save_for_backward)
+
+__all__ = ["selective_scan_fn", "selective_scan_mamba_ssm", "selective_scan_reference"]

@@ -1,0 +1,65 @@
+"""PanFoMa for single-cell RNA sequencing, in the Auto classes of Transformers.
+
+Importing this package registers PanFoMa, so that ``AutoModel``, ``AutoTokenizer`` and the others load its checkpoints
+without ``trust_remote_code``. The import is light: what reads AnnData is loaded when it is first used.
+"""
+
+from importlib import import_module
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from .modeling import PanFoMaConfig, PanFoMaForCellClassification, PanFoMaForMaskedExpression, PanFoMaModel
+from .tokenization import PanFoMaTokenizer
+from .version import __version__
+
+
+AutoConfig.register(PanFoMaConfig.model_type, PanFoMaConfig)
+AutoModel.register(PanFoMaConfig, PanFoMaModel)
+AutoModelForSequenceClassification.register(PanFoMaConfig, PanFoMaForCellClassification)
+AutoModelForMaskedLM.register(PanFoMaConfig, PanFoMaForMaskedExpression)
+AutoModelForPreTraining.register(PanFoMaConfig, PanFoMaForMaskedExpression)
+AutoTokenizer.register(PanFoMaConfig, tokenizer_class=PanFoMaTokenizer)
+
+# Public names that need AnnData or datasets, and the modules that they live in.
+_LAZY = {
+    "DataCollatorForCells": ".data.collator",
+    "PanFoMaTrainer": ".training",
+    "annotate": ".inference",
+    "cell_dataset": ".data.cells",
+    "embed": ".inference",
+    "finetune": ".training",
+    "save_checkpoint": ".hub",
+}
+
+__all__ = [
+    "DataCollatorForCells",
+    "PanFoMaConfig",
+    "PanFoMaForCellClassification",
+    "PanFoMaForMaskedExpression",
+    "PanFoMaModel",
+    "PanFoMaTokenizer",
+    "PanFoMaTrainer",
+    "__version__",
+    "annotate",
+    "cell_dataset",
+    "embed",
+    "finetune",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,1 @@
+"""Cells from AnnData to batches. AnnData lives here and nowhere below."""

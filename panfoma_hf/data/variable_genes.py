@@ -1,0 +1,63 @@
+"""Variable genes of training cells, by scanpy."""
+
+import anndata as ad
+import scipy.sparse as sp
+
+from ..tokenization import PanFoMaTokenizer
+from ..tokenization.tokenization_panfoma import choose_matrix
+
+
+def log_normalized(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:
+    """A copy whose ``X`` is CSR log1p(counts per 10,000); the cells themselves are left as they are.
+
+    Raises
+    ------
+    ImportError
+        If scanpy is not installed.
+    """
+    scanpy = _scanpy()
+    matrix, names, _ = choose_matrix(adata, layer)
+    copy = ad.AnnData(sp.csr_matrix(matrix, dtype="float32", copy=True), obs=adata.obs[[]].copy())
+    copy.var_names = names
+    scanpy.pp.normalize_total(copy, target_sum=1e4)
+    scanpy.pp.log1p(copy)
+    return copy
+
+
+def variable_genes(
+    adata: ad.AnnData, num_genes: int, tokenizer: PanFoMaTokenizer | None = None, *, layer: str | None = None
+) -> list[str]:
+    """Names of the most variable genes (Seurat's dispersion, by scanpy).
+
+    Parameters
+    ----------
+    adata
+        Training cells; never those that a score is measured on.
+    num_genes
+        How many genes; all where there are fewer.
+    tokenizer
+        Restricts the choice to genes that it knows; None chooses among all.
+    layer
+        As in `panfoma_hf.finetune`.
+
+    Raises
+    ------
+    ImportError
+        If scanpy is not installed.
+    """
+    cells = log_normalized(adata, layer)
+    if tokenizer is not None:
+        cells = cells[:, tokenizer.resolve_genes(cells.var_names).token_ids >= 0].copy()
+    _scanpy().pp.highly_variable_genes(cells, n_top_genes=min(num_genes, cells.n_vars))
+    return cells.var_names[cells.var["highly_variable"]].tolist()
+
+
+def _scanpy():
+    try:
+        import scanpy
+    except ImportError as error:
+        raise ImportError(
+            "Variable genes are found by scanpy, which is not installed. "
+            "Run `pip install panfoma-hf[analysis]`, or pass the names of genes as `gene_set`."
+        ) from error
+    return scanpy

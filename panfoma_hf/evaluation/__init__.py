@@ -1,0 +1,1 @@
+"""Metrics and baselines: what a score is worth."""

@@ -1,0 +1,237 @@
+"""Embed and annotate cells: AnnData in, AnnData out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from .data.cells import cell_dataset, read_cells, tokenize
+from .data.collator import DataCollatorForCells
+from .modeling import PanFoMaForCellClassification, PanFoMaPreTrainedModel
+from .tokenization import PanFoMaTokenizer
+from .tokenization.tokenization_panfoma import warn_of_empty_cells
+from .version import __version__
+
+
+logger = logging.get_logger(__name__)
+
+# What a cell without an expressed gene of the vocabulary is called.
+UNASSIGNED = "Unassigned"
+
+
+def embed(
+    cells: ad.AnnData | str | Path,
+    model: str | Path | PanFoMaPreTrainedModel,
+    *,
+    tokenizer: PanFoMaTokenizer | None = None,
+    key_added: str = "X_panfoma",
+    layer: str | None = None,
+    gene_column: str | None = None,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> ad.AnnData:
+    """Write each cell's embedding to ``obsm[key_added]`` (cells, hidden), and where it came from to ``uns["panfoma"]``.
+
+    Parameters
+    ----------
+    cells
+        An AnnData, which is written to in place, or an `.h5ad` file, which is left as it is.
+    model
+        A checkpoint (folder or Hub name), or a model.
+    tokenizer
+        The model's tokenizer; None loads it from the model's checkpoint.
+    key_added
+        Key of ``obsm``.
+    layer, gene_column
+        Where expression and gene names are; see `PanFoMaTokenizer`.
+    batch_size
+        Cells at a time.
+    device
+        None takes a GPU where there is one; a model that is passed stays where it is.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    The AnnData. On an error nothing is written to it.
+
+    Raises
+    ------
+    ValueError
+        If expression is not usable, no gene is known, or model and tokenizer do not belong together.
+    """
+    adata = read_cells(cells)
+    model, tokenizer = _load(AutoModel, model, tokenizer, device)
+    result = _run(adata, model, tokenizer, layer, gene_column, batch_size, progress)
+    adata.obsm[key_added] = result.embeddings
+    _write_provenance(adata, {key_added: result.provenance})
+    return adata
+
+
+def annotate(
+    cells: ad.AnnData | str | Path,
+    model: str | Path | PanFoMaForCellClassification,
+    *,
+    tokenizer: PanFoMaTokenizer | None = None,
+    embedding_key: str | None = None,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> ad.AnnData:
+    """Name each cell with a fine-tuned classifier.
+
+    With ``<label>`` the name that the model was fine-tuned for, such as "cell_type", it writes
+    ``obs["panfoma_<label>"]`` (categorical), ``obs["panfoma_<label>_score"]`` (the probability of that name),
+    ``obsm["panfoma_<label>_proba"]`` (cells, labels) and where they came from to ``uns["panfoma"]``, with the names of
+    the columns of probabilities.
+    A cell without an expressed gene is called "Unassigned", with a score of 0.
+
+    Parameters
+    ----------
+    cells, tokenizer, layer, gene_column, batch_size, device, progress
+        As in `embed`.
+    model
+        A checkpoint (folder or Hub name) with a classifier, or such a model.
+    embedding_key
+        Key of ``obsm`` to write the embeddings of the same pass to, as `embed` does.
+
+    Returns
+    -------
+    The AnnData. On an error nothing is written to it.
+
+    Raises
+    ------
+    ValueError
+        As in `embed`, and if the model has no trained classifier or names no single class.
+    """
+    adata = read_cells(cells)
+    model, tokenizer = _load(AutoModelForSequenceClassification, model, tokenizer, device)
+    config = model.config
+    if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+        raise ValueError(
+            f"Cells are named by a single-label classifier, got problem_type {config.problem_type!r} with "
+            f"{config.num_labels} labels. Call the model itself and read its logits, or use `embed`."
+        )
+    result = _run(adata, model, tokenizer, layer, gene_column, batch_size, progress)
+
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    empty = result.lengths == 0
+    called = np.where(empty, UNASSIGNED, np.array(names, dtype=object)[result.probabilities.argmax(1)])
+    categories = [*names, UNASSIGNED] if empty.any() and UNASSIGNED not in names else names
+    key = f"panfoma_{config.label_name or 'label'}"
+    adata.obs[key] = pd.Categorical(called, categories=categories)
+    adata.obs[f"{key}_score"] = np.where(empty, 0, result.probabilities.max(1)).astype(np.float32)
+    adata.obsm[f"{key}_proba"] = result.probabilities
+    written = {key: {**result.provenance, "labels": names}}
+    if embedding_key is not None:
+        adata.obsm[embedding_key] = result.embeddings
+        written[embedding_key] = result.provenance
+    _write_provenance(adata, written)
+    return adata
+
+
+@dataclass
+class _Result:
+    """Embeddings (cells, hidden), probabilities (cells, labels) or None, genes read of each cell, and provenance."""
+
+    embeddings: np.ndarray
+    probabilities: np.ndarray | None
+    lengths: np.ndarray
+    provenance: dict
+
+
+def _load(auto_class, model, tokenizer, device):
+    """Model and tokenizer that belong together, the model in evaluation mode on its device."""
+    if isinstance(model, (str, Path)):
+        loaded, report = auto_class.from_pretrained(model, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(
+                f"A checkpoint must hold every weight of {type(loaded).__name__}, got {model} without "
+                f"{', '.join(sorted(report['missing_keys'])[:3])}. Fine-tune it first with `panfoma_hf.finetune`, or "
+                "use `panfoma_hf.embed`, which needs no classifier."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+        model = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    elif device is not None:
+        model = model.to(device)
+    if tokenizer is None:
+        if not model.name_or_path:
+            raise ValueError(
+                "A model needs its tokenizer, got a model that was not loaded from a checkpoint. Pass `tokenizer`."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    config = model.config
+    if (len(tokenizer), tokenizer.num_expression_bins) != (config.vocab_size, config.num_expression_bins):
+        raise ValueError(
+            f"A model and its tokenizer must have the same genes and bins, got {config.vocab_size:,} and "
+            f"{config.num_expression_bins} in the model, {len(tokenizer):,} and {tokenizer.num_expression_bins} in the "
+            "tokenizer. Load both from one checkpoint."
+        )
+    return model, tokenizer
+
+
+def _run(adata, model, tokenizer, layer, gene_column, batch_size, progress) -> _Result:
+    tokens, resolution, source = tokenize(adata, tokenizer, layer=layer, gene_column=gene_column)
+    logger.warning(f"{len(tokens):,} cells from {source}: {resolution}; {tokens.lengths.mean():.0f} genes a cell.")
+    warn_of_empty_cells(tokens.lengths)
+    # Cells of like length share a batch, so that little is padding; the longest come first, to fail early on memory.
+    order = np.argsort(-tokens.lengths, kind="stable")
+    loader = DataLoader(
+        cell_dataset(tokens).select(order),
+        batch_size=batch_size,
+        collate_fn=DataCollatorForCells(tokenizer, random=False),
+    )
+    embeddings, logits = [], []
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for batch in tqdm(loader, desc="PanFoMa", unit="batch", disable=not progress):
+            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+            outputs = model.base_model(**batch)
+            embeddings.append(outputs.pooler_output.float().cpu())
+            if isinstance(model, PanFoMaForCellClassification):
+                logits.append(model.classifier(outputs.pooler_output).float().cpu())
+    model.train(was_training)
+
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return _Result(
+        embeddings=torch.cat(embeddings).numpy()[back],
+        probabilities=torch.cat(logits).softmax(-1).numpy()[back] if logits else None,
+        lengths=tokens.lengths,
+        provenance={
+            "checkpoint": str(model.name_or_path),
+            "revision": _revision(model.name_or_path),
+            "panfoma_hf_version": __version__,
+            "expression": source,
+            "genes_resolved": resolution.num_resolved,
+            "genes_total": len(resolution.names),
+            "genes_used": len(np.unique(tokens.input_ids)),
+            "gene_set_size": len(tokenizer.gene_set or []),
+            "empty_cells": int(np.count_nonzero(tokens.lengths == 0)),
+        },
+    )
+
+
+def _revision(name_or_path: str) -> str:
+    """Commit of a checkpoint of the Hub, as its files lie in the cache; empty for a folder or a fresh model."""
+    if not name_or_path or Path(name_or_path).is_dir():
+        return ""
+    config = try_to_load_from_cache(name_or_path, "config.json")
+    return Path(config).parent.name if isinstance(config, str) else ""
+
+
+def _write_provenance(adata: ad.AnnData, written: dict[str, dict]) -> None:
+    """Add to ``uns["panfoma"]``, one entry for each key written, so that another checkpoint's entries stay."""
+    adata.uns["panfoma"] = {**adata.uns.get("panfoma", {}), **written}

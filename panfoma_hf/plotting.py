@@ -1,0 +1,74 @@
+"""Pictures of what the model did; needs the `analysis` extra."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata as ad
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.metrics import confusion_matrix
+
+
+def save_umap(adata: ad.AnnData, path: str | Path, colors: Sequence[str], *, embedding: str = "X_panfoma") -> None:
+    """Draw a UMAP of an embedding, one panel for each column of ``obs``, and save it.
+
+    The panels share their colours for names that they share. ``obsm["X_umap"]`` of the AnnData is written.
+
+    Parameters
+    ----------
+    adata
+        Cells with ``obsm[embedding]``.
+    path
+        A PNG, PDF or SVG file.
+    colors
+        Categorical columns of ``obs``.
+    embedding
+        Key of ``obsm``.
+    """
+    import scanpy
+
+    neighbors = ad.AnnData(obs=adata.obs[[]], obsm={embedding: adata.obsm[embedding]})
+    scanpy.pp.neighbors(neighbors, use_rep=embedding, random_state=0)
+    scanpy.tl.umap(neighbors, random_state=0)
+    points = adata.obsm["X_umap"] = neighbors.obsm["X_umap"]
+
+    names = sorted({str(name) for color in colors for name in adata.obs[color].unique()})
+    palette = matplotlib.colormaps["tab20"]
+    figure = Figure(figsize=(5.2 * len(colors) + 2, 5), layout="constrained")
+    axes = figure.subplots(1, len(colors), squeeze=False)[0]
+    for axis, color in zip(axes, colors, strict=True):
+        for index, name in enumerate(names):
+            chosen = (adata.obs[color].astype(str) == name).to_numpy()
+            axis.scatter(*points[chosen].T, s=8, color=palette(index % palette.N), label=name, linewidths=0)
+        axis.set(title=color, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", markerscale=2.5, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def save_confusion_matrix(true: Sequence[str], predicted: Sequence[str], path: str | Path) -> None:
+    """Draw which names were given to the cells of each true name, as shares of the row with counts, and save it.
+
+    Parameters
+    ----------
+    true, predicted
+        (cells,), names.
+    path
+        A PNG, PDF or SVG file.
+    """
+    true, predicted = np.asarray(true, dtype=str), np.asarray(predicted, dtype=str)
+    names = np.unique(np.concatenate([true, predicted]))
+    counts = confusion_matrix(true, predicted, labels=names)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    side = 0.5 * len(names) + 2.5
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        shade = "white" if shares[row, column] > 0.5 else "black"
+        axis.text(column, row, str(counts[row, column]), ha="center", va="center", color=shade, fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=90)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="predicted", ylabel="true")
+    figure.colorbar(image, label="share of the true label's cells", shrink=0.8)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,272 @@
+"""Fine-tuning: a thin recipe over `transformers.Trainer`."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from .data.cells import cell_dataset, read_cells, tokenize
+from .data.collator import DataCollatorForCells
+from .data.variable_genes import variable_genes
+from .evaluation.metrics import classification_metrics
+from .hub import check_replaceable, save_checkpoint
+from .modeling import PanFoMaConfig, PanFoMaForCellClassification
+from .modeling.configuration_panfoma import SIZES
+from .tokenization import PanFoMaTokenizer
+from .tokenization.tokenization_panfoma import warn_of_empty_cells
+
+
+logger = logging.get_logger(__name__)
+
+# A fresh model learns with these: 1e-3 needs the small initialisation of the embeddings. See docs/log.md.
+DEFAULT_ARGUMENTS = {
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.1,  # of all steps
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "train_sampling_strategy": "group_by_length",
+    "logging_strategy": "epoch",
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+class PanFoMaTrainer(Trainer):
+    """Trainer that keeps Mamba's A and D from weight decay, weighs classes, and evaluates with fixed draws.
+
+    Parameters
+    ----------
+    class_weights
+        (labels,), weights of the classes in the loss, or None for equal ones.
+    """
+
+    def __init__(self, *args, class_weights: torch.Tensor | None = None, **kwargs):
+        if class_weights is not None:
+            kwargs["compute_loss_func"] = WeightedCrossEntropy(class_weights)
+        super().__init__(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Names of the parameters that are decayed: no norms, no biases, and not Mamba's A_log and D."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rsplit(".", 1)[-1] not in ("A_log", "D")]
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        """As in Trainer, with the collator's random draws off."""
+        with self._fixed_draws():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args, **kwargs):
+        """As in Trainer, with the collator's random draws off."""
+        with self._fixed_draws():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _fixed_draws(self) -> Iterator[None]:
+        training_collator = self.data_collator
+        if isinstance(training_collator, DataCollatorForCells):
+            self.data_collator = DataCollatorForCells(
+                training_collator.tokenizer,
+                max_genes=training_collator.max_genes,
+                random=False,
+                pad_to_multiple_of=training_collator.pad_to_multiple_of,
+            )
+        try:
+            yield
+        finally:
+            self.data_collator = training_collator
+
+
+class WeightedCrossEntropy:
+    """Cross-entropy with class weights, averaged over cells; for Trainer's ``compute_loss_func``.
+
+    Parameters
+    ----------
+    class_weights
+        (labels,), of mean 1 over the training cells so that the learning rate keeps its meaning.
+    """
+
+    def __init__(self, class_weights: torch.Tensor):
+        self.class_weights = class_weights
+
+    def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
+        """Loss of logits (batch, labels) and class ids (batch,), a scalar."""
+        logits = outputs["logits"].float()
+        total = F.cross_entropy(logits, labels, weight=self.class_weights.to(logits.device), reduction="sum")
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def balanced_class_weights(labels: np.ndarray, num_labels: int, power: float) -> torch.Tensor:
+    """Weights of classes of ``count ** -power``, scaled to a mean of 1 over the cells.
+
+    Parameters
+    ----------
+    labels
+        (cells,), class ids; every class occurs.
+    num_labels
+        Number of classes.
+    power
+        0 for equal weights, 1 for weights that give every class the same say.
+    """
+    counts = np.bincount(labels, minlength=num_labels).astype(np.float64)
+    weights = counts**-power
+    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
+
+
+def finetune(
+    cells: ad.AnnData | str | Path,
+    label: str,
+    output_dir: str | Path,
+    *,
+    model: str | Path | PanFoMaConfig = "small",
+    validation: ad.AnnData | str | Path | None = None,
+    gene_set: int | Sequence[str] | None = None,
+    class_weights: bool = True,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    **training_arguments,
+) -> PanFoMaTrainer:
+    """Fine-tune PanFoMa to name cells, and save the checkpoint.
+
+    Parameters
+    ----------
+    cells
+        Training cells: an AnnData or an `.h5ad` file.
+    label
+        Column of ``obs`` with the names to learn, such as "cell_type".
+    output_dir
+        Where the checkpoint goes: model, tokenizer and code.
+    model
+        A checkpoint (folder or Hub name) to start from; or "small", "base" or "tiny", or a configuration, to start
+        from random weights.
+    validation
+        Cells that are scored after each epoch; never trained on.
+    gene_set
+        Genes to restrict cells to: a number of variable genes, found on the training cells, or their names. Saved
+        with the checkpoint and applied at inference. None reads every gene of the vocabulary, or the set that the
+        starting checkpoint has.
+    class_weights
+        Whether rare classes weigh more in the loss, by the inverse square root of their number of cells.
+    layer, gene_column
+        Where expression and gene names are; see `PanFoMaTokenizer`.
+    training_arguments
+        Anything that `transformers.TrainingArguments` takes, over the defaults in `DEFAULT_ARGUMENTS`.
+
+    Returns
+    -------
+    The trainer, whose ``model`` is trained and whose ``evaluate()`` gives accuracy and macro-F1.
+
+    Raises
+    ------
+    ValueError
+        If labels are missing or fewer than two, validation cells have other labels, or expression is not usable.
+    FileExistsError
+        If ``output_dir`` holds something other than a checkpoint.
+    """
+    check_replaceable(output_dir)
+    cells = read_cells(cells)
+    names = _label_names(cells, label)
+    validation = None if validation is None else read_cells(validation)
+
+    tokenizer = _starting_tokenizer(model)
+    if isinstance(gene_set, int):
+        gene_set = variable_genes(cells, gene_set, tokenizer, layer=layer)
+    if gene_set is not None:
+        tokenizer.gene_set = gene_set
+    train_dataset = _labelled_dataset(cells, label, names, tokenizer, layer, gene_column)
+    eval_dataset = None
+    if validation is not None:
+        eval_dataset = _labelled_dataset(validation, label, names, tokenizer, layer, gene_column)
+
+    train_labels = np.asarray(train_dataset["labels"])
+    arguments = {**DEFAULT_ARGUMENTS, "eval_strategy": "no" if eval_dataset is None else "epoch", **training_arguments}
+    with tempfile.TemporaryDirectory() as scratch:
+        # Trainer makes its folder even when it saves nothing there.
+        arguments.setdefault("output_dir", scratch if arguments["save_strategy"] == "no" else f"{output_dir}-trainer")
+        arguments = TrainingArguments(**arguments, remove_unused_columns=False)
+        torch.manual_seed(arguments.seed)  # a fresh model's weights follow the seed too
+        trainer = PanFoMaTrainer(
+            model=_starting_model(model, names, label, tokenizer),
+            args=arguments,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=DataCollatorForCells(tokenizer),
+            compute_metrics=_compute_metrics,
+            class_weights=balanced_class_weights(train_labels, len(names), power=0.5) if class_weights else None,
+        )
+        trainer.train()
+    save_checkpoint(output_dir, trainer.model, tokenizer)
+    return trainer
+
+
+def _label_names(cells: ad.AnnData, label: str) -> list[str]:
+    """The sorted names of a column of labels, checked."""
+    if label not in cells.obs:
+        raise ValueError(f"`label` must be a column of obs, got {label!r}; the columns are {sorted(cells.obs)}.")
+    missing = int(cells.obs[label].isna().sum())
+    if missing:
+        raise ValueError(
+            f"Every training cell needs a label, got {missing:,} of {cells.n_obs:,} without one in obs[{label!r}]. "
+            f"Leave them out: adata[adata.obs[{label!r}].notna()]."
+        )
+    names = sorted(cells.obs[label].astype(str).unique())
+    if len(names) < 2:
+        raise ValueError(f"At least two labels are needed to learn a difference, got {names} in obs[{label!r}].")
+    return names
+
+
+def _labelled_dataset(cells, label, names, tokenizer, layer, gene_column):
+    unknown = set(_label_names(cells, label)) - set(names) if label in cells.obs else set()
+    if unknown:
+        raise ValueError(
+            f"Validation cells must have labels of the training cells, got {sorted(unknown)} besides. "
+            "Leave these cells out, or put some of them into the training cells."
+        )
+    tokens, resolution, source = tokenize(cells, tokenizer, layer=layer, gene_column=gene_column)
+    logger.warning(f"{len(tokens):,} cells from {source}: {resolution}; {tokens.lengths.mean():.0f} genes a cell.")
+    warn_of_empty_cells(tokens.lengths)
+    id_of_name = {name: index for index, name in enumerate(names)}
+    return cell_dataset(tokens, cells.obs[label].astype(str).map(id_of_name).to_numpy())
+
+
+def _starting_tokenizer(model) -> PanFoMaTokenizer:
+    if isinstance(model, PanFoMaConfig):
+        return PanFoMaTokenizer(num_expression_bins=model.num_expression_bins)
+    return PanFoMaTokenizer() if str(model) in SIZES else AutoTokenizer.from_pretrained(model)
+
+
+def _starting_model(model, names, label, tokenizer) -> PanFoMaForCellClassification:
+    labels = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        "problem_type": "single_label_classification",
+        "label_name": label,
+    }
+    if isinstance(model, PanFoMaConfig):
+        config = PanFoMaConfig(**{**model.to_dict(), **labels})
+        return AutoModelForSequenceClassification.from_config(config)
+    if str(model) in SIZES:
+        config = PanFoMaConfig.from_size(str(model), vocab_size=len(tokenizer), **labels)
+        return AutoModelForSequenceClassification.from_config(config)
+    # A classifier of other labels gives its body; its last layer starts anew.
+    return AutoModelForSequenceClassification.from_pretrained(model, ignore_mismatched_sizes=True, **labels)
+
+
+def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    predicted = prediction.predictions.argmax(-1)
+    majority = np.bincount(prediction.label_ids).max() / len(prediction.label_ids)
+    if len(np.unique(predicted)) == 1 and majority < 1:
+        logger.warning(
+            "The model calls every validation cell the same; train longer, or lower the learning rate. "
+            f"Its accuracy is to be read beside the majority class's {majority:.3f}."
+        )
+    return {**classification_metrics(prediction.label_ids, predicted), "majority_accuracy": float(majority)}

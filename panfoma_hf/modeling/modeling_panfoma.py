@@ -89,8 +89,13 @@ class PanFoMaMaskedExpressionOutput(ModelOutput):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Chunking and reordering
+# Dtypes, chunks and orders
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Float16 and bfloat16 to float32; float64 as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def split_into_chunks(sequence: Tensor, chunk_size: int) -> Tensor:
@@ -317,7 +322,7 @@ def relevance_order(gene_states: Tensor, cell_state: Tensor, attention_mask: Ten
     -------
     Scores (batch, seq) in float32, 0 at pads; positions (batch, seq) in the sorted order. The order has no gradient.
     """
-    scores = (gene_states.float() * cell_state.float()[:, None]).sum(-1)
+    scores = (at_least_float32(gene_states) * at_least_float32(cell_state)[:, None]).sum(-1)
     order = scores.detach().masked_fill(~attention_mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return scores.masked_fill(~attention_mask, 0.0), order
 
@@ -336,7 +341,7 @@ class PanFoMaTimeStepProjection(nn.Linear):
         self.bias = nn.Parameter(torch.empty(channels, dtype=torch.float32))
 
     def forward(self, time_step: Tensor) -> tuple[Tensor, Tensor]:
-        return F.linear(time_step, self.weight), self.bias.float()
+        return F.linear(time_step, self.weight), at_least_float32(self.bias)
 
 
 class PanFoMaMambaMixer(nn.Module):
@@ -390,10 +395,10 @@ class PanFoMaMambaMixer(nn.Module):
         scanned = selective_scan_fn(
             inputs,
             delta.transpose(1, 2),
-            -torch.exp(self.A_log.float()),
+            -torch.exp(at_least_float32(self.A_log)),
             B.transpose(1, 2),
             C.transpose(1, 2),
-            self.D.float(),
+            at_least_float32(self.D),
             z=gate,
             delta_bias=delta_bias,
             delta_softplus=True,
@@ -451,7 +456,11 @@ class PanFoMaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, PanFoMaMambaMixer):
+        if isinstance(module, nn.Linear):
+            # Spread by the width that a layer reads, as Mamba's authors do: with 0.02 throughout, the decoder of a
+            # narrow model adds next to nothing and training stalls on the majority class (docs/log.md).
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        elif isinstance(module, PanFoMaMambaMixer):
             module.init_mamba_weights()
         elif isinstance(module, PanFoMaEncoder):
             init.normal_(module.cls_token, std=self.config.initializer_range)

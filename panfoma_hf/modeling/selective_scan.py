@@ -85,6 +85,8 @@ def selective_scan_reference(
     """The plain PyTorch body of `selective_scan_fn`; the twin that every other body is tested against."""
     state_dtype = torch.promote_types(u.dtype, torch.float32)
     u_wide, delta, A, B, C = (tensor.to(state_dtype) for tensor in (u, delta, A, B, C))
+    # Contiguous, as torch 2.13 gives softplus's backward other strides when it traces than when it runs.
+    delta = delta.contiguous()
     if delta_bias is not None:
         delta = delta + delta_bias.to(state_dtype)[:, None]
     if delta_softplus:

@@ -1,0 +1,148 @@
+"""What tests share: the tiny model, the tokenizer, a few cells."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+import panfoma_hf
+from panfoma_hf import PanFoMaConfig, PanFoMaTokenizer
+
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB_SIZE = 120
+
+# No test may reach for the network; those of the Hub speak to a server on loopback.
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def config() -> PanFoMaConfig:
+    """The tiny size with few genes, three labels and no dropout."""
+    return tiny_config()
+
+
+def tiny_config(**overrides) -> PanFoMaConfig:
+    settings = {"vocab_size": VOCAB_SIZE, "num_labels": 3, "hidden_dropout_prob": 0.0, **overrides}
+    return PanFoMaConfig.from_size("tiny", **settings)
+
+
+def spread_out(model: torch.nn.Module) -> torch.nn.Module:
+    """Scale a fresh model's small weights up, so that every part of it moves the output far beyond rounding."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embeddings" in name or name.endswith("cls_token"):
+                parameter.mul_(30)
+            elif parameter.ndim > 1 and "A_log" not in name and "dt_proj" not in name:
+                parameter.mul_(2)
+    return model.eval()
+
+
+def random_cells(lengths: list[int], seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Cells of different genes: ``input_ids`` and ``expression_bins``, (1, length) each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "input_ids": 1 + torch.randperm(VOCAB_SIZE - 1, generator=generator)[None, :length],
+            "expression_bins": torch.randint(1, 51, (1, length), generator=generator),
+        }
+        for length in lengths
+    ]
+
+
+def pad_batch(cells: list[dict[str, torch.Tensor]], length: int | None = None) -> dict[str, torch.Tensor]:
+    """Put cells into one batch, with garbage at the pads: a mask must hide whatever lies there."""
+    lengths = [cell["input_ids"].shape[1] for cell in cells]
+    length = max(lengths) if length is None else length
+    batch = {
+        "input_ids": torch.randint(1, VOCAB_SIZE, (len(cells), length)),
+        "expression_bins": torch.randint(0, 53, (len(cells), length)),
+        "attention_mask": torch.zeros(len(cells), length, dtype=torch.long),
+    }
+    for row, (cell, size) in enumerate(zip(cells, lengths, strict=True)):
+        batch["input_ids"][row, :size] = cell["input_ids"]
+        batch["expression_bins"][row, :size] = cell["expression_bins"]
+        batch["attention_mask"][row, :size] = 1
+    return batch
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PanFoMaTokenizer:
+    """The packaged tokenizer; tests must not change it."""
+    return PanFoMaTokenizer()
+
+
+@pytest.fixture
+def adata(tokenizer) -> ad.AnnData:
+    """48 cells x 40 genes of three types that differ in the genes they express."""
+    rng = np.random.default_rng(0)
+    types = np.arange(48) % 3
+    rates = np.full((48, 40), 0.4)
+    for kind in range(3):
+        rates[types == kind, kind * 10 : kind * 10 + 10] = 6.0
+    names = tokenizer.convert_ids_to_tokens(list(range(1, 41)))
+    obs = pd.DataFrame({"cell_type": pd.Categorical(np.array(["B cell", "T cell", "mast"])[types])})
+    obs.index = [f"cell{index}" for index in range(48)]
+    return ad.AnnData(sp.csr_matrix(rng.poisson(rates).astype("float32")), obs=obs, var=pd.DataFrame(index=names))
+
+
+@pytest.fixture(scope="session")
+def baron() -> ad.AnnData:
+    """Real cells: Baron's human pancreas, every 20th cell of the demo's data set, with all its genes."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from demo import baron_pancreas
+    finally:
+        sys.path.pop(0)
+    return baron_pancreas()[::20].copy()
+
+
+def run_python(code: str, *arguments: str, without_package: bool = False, **environment: str) -> str:
+    """Run code in a fresh process and return what it printed; raise if it failed.
+
+    ``without_package`` hides panfoma_hf, as on a machine where it is not installed.
+    """
+    if without_package:
+        hide = (
+            "import sys\n"
+            "class Hidden:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name.split('.')[0] in ('panfoma_hf', 'anndata', 'datasets', 'scanpy', 'sklearn', 'pandas'):\n"
+            "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+            "sys.meta_path.insert(0, Hidden())\n"
+        )
+        code = hide + code
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def trained(adata, tmp_path):
+    """A checkpoint that was fine-tuned on the small cells, and its trainer."""
+    folder = tmp_path / "checkpoint"
+    config = PanFoMaConfig.from_size("tiny", vocab_size=len(PanFoMaTokenizer()))
+    trainer = panfoma_hf.finetune(
+        adata, "cell_type", folder, model=config, num_train_epochs=6, learning_rate=5e-3, disable_tqdm=True
+    )
+    return folder, trainer

@@ -188,7 +188,12 @@ def finetune(
         eval_dataset = _labelled_dataset(validation, label, names, tokenizer, layer, gene_column)
 
     train_labels = np.asarray(train_dataset["labels"])
-    arguments = {**DEFAULT_ARGUMENTS, "eval_strategy": "no" if eval_dataset is None else "epoch", **training_arguments}
+    arguments = {
+        **DEFAULT_ARGUMENTS,
+        "eval_strategy": "no" if eval_dataset is None else "epoch",
+        "dataloader_pin_memory": torch.cuda.is_available(),  # of no use elsewhere, and torch warns
+        **training_arguments,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         # Trainer makes its folder even when it saves nothing there.
         arguments.setdefault("output_dir", scratch if arguments["save_strategy"] == "no" else f"{output_dir}-trainer")

@@ -116,14 +116,18 @@ def run_python(code: str, *arguments: str, without_package: bool = False, **envi
     ``without_package`` hides panfoma_hf, as on a machine where it is not installed.
     """
     if without_package:
-        hide = (
-            "import sys\n"
-            "class Hidden:\n"
-            "    def find_spec(self, name, path=None, target=None):\n"
-            "        if name.split('.')[0] in ('panfoma_hf', 'anndata', 'datasets', 'scanpy', 'sklearn', 'pandas'):\n"
-            "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-            "sys.meta_path.insert(0, Hidden())\n"
-        )
+        hide = """
+import sys
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *arguments):
+        hidden = ("panfoma_hf", "anndata", "datasets", "pandas", "scanpy", "sklearn")
+        return None if name.split(".")[0] in hidden else self.finder.find_spec(name, *arguments)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path = [Hiding(finder) for finder in sys.meta_path]
+"""
         code = hide + code
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments],

@@ -1,6 +1,7 @@
 """Variable genes of training cells, by scanpy."""
 
 import anndata as ad
+import numpy as np
 import scipy.sparse as sp
 
 from ..tokenization import PanFoMaTokenizer
@@ -27,7 +28,10 @@ def log_normalized(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:
 def variable_genes(
     adata: ad.AnnData, num_genes: int, tokenizer: PanFoMaTokenizer | None = None, *, layer: str | None = None
 ) -> list[str]:
-    """Names of the most variable genes (Seurat's dispersion, by scanpy).
+    """Names of the most variable genes, by Pearson residuals of counts (Lause et al., Genome Biology 2021; scanpy).
+
+    Dispersion of log-normalised values, the older way, compares genes of like mean and so leaves out the very genes
+    that name a cell when they tower over all others: insulin, glucagon and somatostatin in the pancreas.
 
     Parameters
     ----------
@@ -42,14 +46,25 @@ def variable_genes(
 
     Raises
     ------
+    ValueError
+        If the values are not counts.
     ImportError
         If scanpy is not installed.
     """
-    cells = log_normalized(adata, layer)
-    if tokenizer is not None:
-        cells = cells[:, tokenizer.resolve_genes(cells.var_names).token_ids >= 0].copy()
-    _scanpy().pp.highly_variable_genes(cells, n_top_genes=min(num_genes, cells.n_vars))
-    return cells.var_names[cells.var["highly_variable"]].tolist()
+    scanpy = _scanpy()
+    matrix, names, source = choose_matrix(adata, layer)
+    matrix = sp.csr_matrix(matrix)
+    if (matrix.data < 0).any() or (matrix.data % 1).any():
+        raise ValueError(
+            f"Variable genes are found on counts, got values in {source} that are no whole numbers. "
+            "Name the layer with counts, or pass the names of genes as `gene_set`."
+        )
+    known = np.ones(len(names), dtype=bool) if tokenizer is None else tokenizer.resolve_genes(names).token_ids >= 0
+    expressed = np.asarray((matrix > 0).sum(axis=0)).ravel() > 0
+    chosen = np.flatnonzero(known & expressed)
+    cells = ad.AnnData(matrix[:, chosen], var={"name": names[chosen]})
+    scanpy.experimental.pp.highly_variable_genes(cells, n_top_genes=min(num_genes, cells.n_vars))
+    return cells.var["name"][cells.var["highly_variable"]].tolist()
 
 
 def _scanpy():

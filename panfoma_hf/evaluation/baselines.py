@@ -24,7 +24,7 @@ def variable_genes_logistic_regression(
     Parameters
     ----------
     train, test
-        Cells with the same genes; expression in any non-negative scale.
+        Cells with the same genes, as counts.
     label
         Column of ``train.obs``.
     num_genes

@@ -4,6 +4,7 @@
 import math
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 # The paper's shape is "base"; "small" and "tiny" keep its proportions for laptops and for tests.
@@ -220,6 +221,11 @@ class PanFoMaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {value!r}. Use 0 for no dropout.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`hidden_act` must be an activation of Transformers, got {self.hidden_act!r}. "
+                "Use 'gelu', 'relu', 'silu' or another key of transformers.activations.ACT2FN."
+            )
         if not 0 < self.time_step_min <= self.time_step_max:
             raise ValueError(
                 f"`time_step_min` must be positive and at most `time_step_max`, got {self.time_step_min} and "

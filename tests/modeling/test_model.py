@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from tests.modeling.naive_panfoma import NaivePanFoMa
 
 from panfoma_hf import PanFoMaForCellClassification, PanFoMaForMaskedExpression, PanFoMaModel
 from tests.conftest import pad_batch, random_cells, spread_out, tiny_config
+from tests.modeling.naive_panfoma import NaivePanFoMa
 
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

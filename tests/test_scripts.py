@@ -1,0 +1,77 @@
+"""Every script runs on something small."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import anndata as ad
+import pytest
+from transformers import AutoTokenizer
+
+from tests.conftest import ROOT
+
+
+def run_script(name, *arguments):
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)], capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_demo_writes_what_it_promises(tmp_path):
+    printed = run_script("demo.py", "--output", tmp_path, "--epochs", 1, "--cells", 200, "--hidden-size", 16)
+    assert "A fresh process gave 40 of 40 held-out cells the same name." in printed
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "annotated.h5ad",
+        "checkpoint",
+        "confusion_matrix.png",
+        "metrics.json",
+        "umap.png",
+    }
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics) == {"panfoma", "baselines", "seconds"}
+    assert set(metrics["panfoma"]) == {"accuracy", "macro_f1"}
+    assert set(metrics["baselines"]) == {"majority class", "logistic regression, variable genes"}
+    cells = ad.read_h5ad(tmp_path / "annotated.h5ad")
+    assert cells.n_obs == 40
+    assert {"panfoma_cell_type", "panfoma_cell_type_score"} <= set(cells.obs)
+    assert cells.obsm["X_panfoma"].shape == (40, 16)
+    assert cells.uns["panfoma"]["panfoma_cell_type"]["checkpoint"] == str(tmp_path / "checkpoint")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "checkpoint").gene_set) == 1000
+    for picture in ("umap.png", "confusion_matrix.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+HGNC = """hgnc_id\tsymbol\tlocus_type\tstatus\tlocation\tensembl_gene_id\tentrez_id\tprev_symbol\talias_symbol
+HGNC:30\tGENE2\tRNA, long non-coding\tApproved\t1p\tENSG00000000002\t2\t"OLD2|OLDER2"\t
+HGNC:4\tGENE1\tgene with protein product\tApproved\t1p\tENSG00000000001\t1\t\tG1
+HGNC:5\tPSEUDO\tpseudogene\tApproved\t1p\t\t\t\t
+HGNC:6\tMT-TX\tRNA, transfer\tApproved\tmitochondria\tENSG00000000003\t3\t\t
+HGNC:7\tTX\tRNA, transfer\tApproved\t1p\tENSG00000000004\t4\t\t
+HGNC:8\tGONE\tgene with protein product\tEntry Withdrawn\t1p\t\t\t\t
+"""
+
+
+@pytest.mark.parametrize("name", ["complete.txt", "complete.txt.gz"])
+def test_the_gene_table_is_built_in_hgnc_order_and_the_same_each_time(name, tmp_path):
+    source = tmp_path / name
+    source.write_bytes(gzip.compress(HGNC.encode()) if name.endswith(".gz") else HGNC.encode())
+    outputs = [tmp_path / "first.tsv.gz", tmp_path / "second.tsv.gz"]
+    for output in outputs:
+        run_script("build_gene_table.py", source, "--date", "2024-10-18", "--output", output)
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    lines = gzip.decompress(outputs[0].read_bytes()).decode().splitlines()
+    assert "2024-10-18" in lines[0]
+    assert [line.split("\t") for line in lines[2:]] == [
+        ["HGNC:4", "GENE1", "ENSG00000000001", "1", "protein-coding", "", "G1"],
+        ["HGNC:6", "MT-TX", "ENSG00000000003", "3", "mitochondrial RNA", "", ""],
+        ["HGNC:30", "GENE2", "ENSG00000000002", "2", "lncRNA", "OLD2|OLDER2", ""],
+    ]
+
+
+def test_the_benchmark_prints_ratios_and_cells_a_second():
+    printed = run_script("benchmark.py", "--size", "tiny", "--cells", 2, "--genes", 16, "--repeats", 1)
+    assert "scan, selective_scan_fn" in printed
+    assert "cells/s" in printed

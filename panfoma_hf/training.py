@@ -174,12 +174,17 @@ def finetune(
     """
     check_replaceable(output_dir)
     cells = read_cells(cells)
-    names = _label_names(cells, label)
+    names = sorted(set(_labels(cells, label)))
+    if len(names) < 2:
+        raise ValueError(
+            f"At least two labels are needed to learn a difference, got {names} in obs[{label!r}]. "
+            "Add cells of another label, or name another column."
+        )
     validation = None if validation is None else read_cells(validation)
 
     tokenizer = _starting_tokenizer(model)
     if isinstance(gene_set, int):
-        gene_set = variable_genes(cells, gene_set, tokenizer, layer=layer)
+        gene_set = variable_genes(cells, gene_set, tokenizer, layer=layer, gene_column=gene_column)
     if gene_set is not None:
         tokenizer.gene_set = gene_set
     train_dataset = _labelled_dataset(cells, label, names, tokenizer, layer, gene_column)
@@ -205,6 +210,7 @@ def finetune(
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=DataCollatorForCells(tokenizer),
+            processing_class=tokenizer,  # saved with every checkpoint that Trainer writes on the way
             compute_metrics=_compute_metrics,
             class_weights=balanced_class_weights(train_labels, len(names), power=0.5) if class_weights else None,
         )
@@ -213,25 +219,24 @@ def finetune(
     return trainer
 
 
-def _label_names(cells: ad.AnnData, label: str) -> list[str]:
-    """The sorted names of a column of labels, checked."""
+def _labels(cells: ad.AnnData, label: str) -> np.ndarray:
+    """(cells,), the names in a column of ``obs``, none of them missing."""
     if label not in cells.obs:
-        raise ValueError(f"`label` must be a column of obs, got {label!r}; the columns are {sorted(cells.obs)}.")
+        raise ValueError(
+            f"`label` must be a column of obs, got {label!r}; the columns are {sorted(cells.obs)}. Name one of these."
+        )
     missing = int(cells.obs[label].isna().sum())
     if missing:
         raise ValueError(
-            f"Every training cell needs a label, got {missing:,} of {cells.n_obs:,} without one in obs[{label!r}]. "
+            f"Every cell needs a label, got {missing:,} of {cells.n_obs:,} without one in obs[{label!r}]. "
             f"Leave them out: adata[adata.obs[{label!r}].notna()]."
         )
-    names = sorted(cells.obs[label].astype(str).unique())
-    if len(names) < 2:
-        raise ValueError(f"At least two labels are needed to learn a difference, got {names} in obs[{label!r}].")
-    return names
+    return cells.obs[label].astype(str).to_numpy()
 
 
 def _labelled_dataset(cells, label, names, tokenizer, layer, gene_column):
-    unknown = set(_label_names(cells, label)) - set(names) if label in cells.obs else set()
-    if unknown:
+    labels = _labels(cells, label)
+    if unknown := set(labels) - set(names):
         raise ValueError(
             f"Validation cells must have labels of the training cells, got {sorted(unknown)} besides. "
             "Leave these cells out, or put some of them into the training cells."
@@ -239,8 +244,7 @@ def _labelled_dataset(cells, label, names, tokenizer, layer, gene_column):
     tokens, resolution, source = tokenize(cells, tokenizer, layer=layer, gene_column=gene_column)
     logger.warning(f"{len(tokens):,} cells from {source}: {resolution}; {tokens.lengths.mean():.0f} genes a cell.")
     warn_of_empty_cells(tokens.lengths)
-    id_of_name = {name: index for index, name in enumerate(names)}
-    return cell_dataset(tokens, cells.obs[label].astype(str).map(id_of_name).to_numpy())
+    return cell_dataset(tokens, labels=np.searchsorted(names, labels))
 
 
 def _starting_tokenizer(model) -> PanFoMaTokenizer:

@@ -1,6 +1,8 @@
 """What tests share: the tiny model, the tokenizer, a few cells."""
 
+import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,8 +87,7 @@ def tokenizer() -> PanFoMaTokenizer:
     return PanFoMaTokenizer()
 
 
-@pytest.fixture
-def adata(tokenizer) -> ad.AnnData:
+def small_cells(tokenizer: PanFoMaTokenizer) -> ad.AnnData:
     """48 cells x 40 genes of three types that differ in the genes they express."""
     rng = np.random.default_rng(0)
     types = np.arange(48) % 3
@@ -97,6 +98,12 @@ def adata(tokenizer) -> ad.AnnData:
     obs = pd.DataFrame({"cell_type": pd.Categorical(np.array(["B cell", "T cell", "mast"])[types])})
     obs.index = [f"cell{index}" for index in range(48)]
     return ad.AnnData(sp.csr_matrix(rng.poisson(rates).astype("float32")), obs=obs, var=pd.DataFrame(index=names))
+
+
+@pytest.fixture
+def adata(tokenizer) -> ad.AnnData:
+    """`small_cells`, for a test to change."""
+    return small_cells(tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -141,12 +148,25 @@ sys.meta_path = [Hiding(finder) for finder in sys.meta_path]
     return result.stdout
 
 
-@pytest.fixture
-def trained(adata, tmp_path):
-    """A checkpoint that was fine-tuned on the small cells, and its trainer."""
-    folder = tmp_path / "checkpoint"
-    config = PanFoMaConfig.from_size("tiny", vocab_size=len(PanFoMaTokenizer()))
+@pytest.fixture(scope="session")
+def _trained_once(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "checkpoint"
+    config = PanFoMaConfig.from_size("tiny", vocab_size=len(tokenizer))
     trainer = panfoma_hf.finetune(
-        adata, "cell_type", folder, model=config, num_train_epochs=6, learning_rate=5e-3, disable_tqdm=True
+        small_cells(tokenizer),
+        "cell_type",
+        folder,
+        model=config,
+        num_train_epochs=6,
+        learning_rate=5e-3,
+        disable_tqdm=True,
     )
-    return folder, trainer
+    return folder, trainer.model
+
+
+@pytest.fixture
+def trained(_trained_once, tmp_path):
+    """A checkpoint that was fine-tuned on the small cells, and its model: copies that a test may spoil."""
+    folder, model = _trained_once
+    shutil.copytree(folder, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint", copy.deepcopy(model)

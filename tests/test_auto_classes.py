@@ -135,12 +135,12 @@ def test_the_code_of_a_checkpoint_may_be_loaded_beside_the_package(trained):
     """Two copies of the scan's operators live in one process; neither may take the other's place."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    folder, trainer = trained
+    folder, model = trained
     copy = get_class_from_dynamic_module("modeling_panfoma.PanFoMaForCellClassification", str(folder))
     assert copy is not PanFoMaForCellClassification
     other = copy.from_pretrained(folder).eval()
     batch = random_cells([12])[0]
-    torch.testing.assert_close(other(**batch).logits, trainer.model.eval()(**batch).logits)
+    torch.testing.assert_close(other(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_auto_classes_build_models_from_a_configuration():

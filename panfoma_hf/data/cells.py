@@ -79,10 +79,10 @@ def cell_dataset(tokens: CellTokens, labels: Sequence[int] | None = None) -> Dat
         raise ValueError(
             f"Every cell needs one label, got {len(labels):,} for {len(tokens):,} cells. Pass one for each."
         )
-    offsets = pa.array(tokens.indptr.astype(np.int32))
+    offsets = pa.array(tokens.indptr.astype(np.int64))
     columns = {
-        schema.INPUT_IDS: pa.ListArray.from_arrays(offsets, pa.array(tokens.input_ids)),
-        schema.EXPRESSION_BINS: pa.ListArray.from_arrays(offsets, pa.array(tokens.expression_bins)),
+        schema.INPUT_IDS: pa.LargeListArray.from_arrays(offsets, pa.array(tokens.input_ids)),
+        schema.EXPRESSION_BINS: pa.LargeListArray.from_arrays(offsets, pa.array(tokens.expression_bins)),
         schema.LENGTH: pa.array(tokens.lengths.astype(np.int32)),
     }
     if labels is not None:

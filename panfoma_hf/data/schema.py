@@ -1,6 +1,6 @@
 """The columns of a tokenized data set: the one contract between files, collator and trainer."""
 
-from datasets import Features, List, Value
+from datasets import Features, LargeList, Value
 
 
 INPUT_IDS = "input_ids"
@@ -12,12 +12,13 @@ LABELS = "labels"
 def features(with_labels: bool = False) -> Features:
     """Arrow types of a tokenized data set, one row a cell.
 
-    ``length`` is the cell's number of tokens, by which batches are grouped. Bins fit a byte as long as there are fewer
+    ``length`` is the cell's number of tokens, by which batches are grouped. Lists are large ones, as a million cells
+    have more tokens than 32 bits count. Bins fit a byte as long as there are fewer
     than 254 of them, which is checked where a data set is built.
     """
     columns = {
-        INPUT_IDS: List(Value("int32")),
-        EXPRESSION_BINS: List(Value("uint8")),
+        INPUT_IDS: LargeList(Value("int32")),
+        EXPRESSION_BINS: LargeList(Value("uint8")),
         LENGTH: Value("int32"),
     }
     if with_labels:

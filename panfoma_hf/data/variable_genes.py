@@ -26,7 +26,12 @@ def log_normalized(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:
 
 
 def variable_genes(
-    adata: ad.AnnData, num_genes: int, tokenizer: PanFoMaTokenizer | None = None, *, layer: str | None = None
+    adata: ad.AnnData,
+    num_genes: int,
+    tokenizer: PanFoMaTokenizer | None = None,
+    *,
+    layer: str | None = None,
+    gene_column: str | None = None,
 ) -> list[str]:
     """Names of the most variable genes, by Pearson residuals of counts (Lause et al., Genome Biology 2021; scanpy).
 
@@ -41,7 +46,7 @@ def variable_genes(
         How many genes; all where there are fewer.
     tokenizer
         Restricts the choice to genes that it knows; None chooses among all.
-    layer
+    layer, gene_column
         As in `panfoma_hf.finetune`.
 
     Raises
@@ -52,7 +57,7 @@ def variable_genes(
         If scanpy is not installed.
     """
     scanpy = _scanpy()
-    matrix, names, source = choose_matrix(adata, layer)
+    matrix, names, source = choose_matrix(adata, layer, gene_column)
     matrix = sp.csr_matrix(matrix)
     if (matrix.data < 0).any() or (matrix.data % 1).any():
         raise ValueError(

@@ -71,7 +71,8 @@ class PanFoMaConfig(PreTrainedConfig):
     hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout
         Dropout rates; ``classifier_dropout=None`` takes ``hidden_dropout_prob``.
     initializer_range
-        Standard deviation of the initial weights. Keep it small: 0.3 stalled on the majority class.
+        Standard deviation of the initial embeddings and of [CLS]; linear layers start by the width that they read.
+        Keep it small: 0.3 stalled on the majority class.
     layer_norm_eps
         Epsilon of every normalisation.
     gene_loss_weight, cell_loss_weight

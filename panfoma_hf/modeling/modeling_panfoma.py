@@ -124,7 +124,7 @@ def split_into_chunks(sequence: Tensor, chunk_size: int) -> Tensor:
 
 def reorder(sequence: Tensor, order: Tensor) -> Tensor:
     """Take (batch, seq, hidden) in the order of positions (batch, seq)."""
-    return sequence.gather(1, order[..., None].expand_as(sequence))
+    return sequence.gather(1, order[..., None].to(sequence.device).expand_as(sequence))
 
 
 def reversal_order(lengths: Tensor, seq: int) -> Tensor:
@@ -198,8 +198,8 @@ class PanFoMaAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
-        chunks, seq, _ = hidden_states.shape
-        qkv = self.qkv_proj(hidden_states).view(chunks, seq, 3, -1, self.head_dim)
+        chunks, seq, hidden = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(chunks, seq, 3, self.config.num_attention_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
@@ -212,7 +212,7 @@ class PanFoMaAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.out_proj(output.reshape(chunks, seq, -1)), weights
+        return self.out_proj(output.reshape(chunks, seq, hidden)), weights
 
 
 class PanFoMaEncoderLayer(GradientCheckpointingLayer):
@@ -332,11 +332,15 @@ def relevance_order(gene_states: Tensor, cell_state: Tensor, attention_mask: Ten
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class PanFoMaTimeStepProjection(nn.Linear):
-    """Mamba's step-size projection: returns its bias apart, in float32, for the scan to add."""
+class PanFoMaTimeStepProjection(nn.Module):
+    """Mamba's step-size projection: returns its bias apart, in float32, for the scan to add.
+
+    Not an `nn.Linear`, as whatever replaces those (adapters, quantisation) expects a tensor back.
+    """
 
     def __init__(self, rank: int, channels: int):
-        super().__init__(rank, channels, bias=True)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, rank))
         # Small steps need float32 whatever the model's dtype is.
         self.bias = nn.Parameter(torch.empty(channels, dtype=torch.float32))
 
@@ -424,6 +428,29 @@ class PanFoMaDecoderLayer(GradientCheckpointingLayer):
         backward = reorder(self.backward_mamba(reorder(normed, reversal)), reversal)
         gate = torch.sigmoid(self.gate_proj(normed))
         return hidden_states + self.dropout(gate * forward + (1 - gate) * backward)
+
+
+def cell_embedding(gene_states: Tensor, cell_state: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean of the real genes' final states, plus the global cell state (ours).
+
+    The order of the genes carries no gradient; through this sum [CLS] learns what the genes are sorted by.
+
+    Parameters
+    ----------
+    gene_states
+        (batch, seq, hidden).
+    cell_state
+        (batch, hidden).
+    attention_mask
+        (batch, seq), true at real genes.
+
+    Returns
+    -------
+    (batch, hidden); the global cell state alone for a cell without genes.
+    """
+    mask = attention_mask.to(gene_states.device)
+    total = gene_states.masked_fill(~mask[..., None], 0.0).sum(1)
+    return total / mask.sum(-1, keepdim=True).clamp(min=1) + cell_state.to(gene_states)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -546,28 +573,27 @@ class PanFoMaModel(PanFoMaPreTrainedModel):
             embeddings, attention_mask, output_hidden_states, output_attentions, **kwargs
         )
 
+        # With the layers spread over devices, what is computed here follows the states.
+        attention_mask = attention_mask.to(gene_states.device)
         cell_state = global_cell_state(cls_states, attention_mask, config.chunk_size)
         gene_scores, order = relevance_order(gene_states, cell_state, attention_mask)
         position_of_gene = order.argsort(dim=-1)  # the inverse permutation: unsorts
 
-        # The cell state leads the sorted genes: the backward direction ends on it, so it reads every gene (ours).
-        sorted_states = torch.cat([cell_state[:, None].to(gene_states.dtype), reorder(gene_states, order)], dim=1)
-        lengths = attention_mask.sum(-1) + 1
-        reversal = reversal_order(lengths, sorted_states.shape[1])
+        sorted_states = reorder(gene_states, order)
+        reversal = reversal_order(attention_mask.sum(-1), sorted_states.shape[1])
         decoded = ()
         for layer in self.decoder_layers:
             sorted_states = layer(sorted_states, reversal)
             decoded += (sorted_states,)
-        sorted_states = self.final_norm(sorted_states)
-        last_hidden_state = reorder(sorted_states[:, 1:], position_of_gene)
+        last_hidden_state = reorder(self.final_norm(sorted_states), position_of_gene)
 
         if output_hidden_states:
             # As elsewhere in Transformers, the last entry is the normed last_hidden_state.
-            decoded = tuple(reorder(states[:, 1:], position_of_gene) for states in decoded[:-1])
+            decoded = tuple(reorder(states, position_of_gene) for states in decoded[:-1])
             hidden_states = (embeddings, *hidden_states, *decoded, last_hidden_state)
         return PanFoMaModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=sorted_states[:, 0],
+            pooler_output=cell_embedding(last_hidden_state, cell_state, attention_mask),
             gene_scores=gene_scores,
             hidden_states=hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
@@ -644,7 +670,17 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
             (batch, seq), the true bins of the masked genes and -100 elsewhere.
         num_items_in_batch
             Labelled genes of the whole optimiser step, which Trainer gives when it accumulates gradients.
+
+        Raises
+        ------
+        ValueError
+            If the inputs do not fit together; gene ids are needed, as the second prediction is made from them.
         """
+        if input_ids is None:
+            raise ValueError(
+                "`input_ids` are needed to predict bins from the cell embedding, got None. "
+                "Pass what the tokenizer returns: `model(**tokenizer(...))`."
+            )
         outputs = self.panfoma(
             input_ids,
             expression_bins,
@@ -655,7 +691,7 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
             **kwargs,
         )
         logits = self.gene_head(outputs.last_hidden_state)
-        gene_ids = self.panfoma.get_input_embeddings()(input_ids)
+        gene_ids = self.panfoma.get_input_embeddings()(input_ids).to(outputs.pooler_output.device)
         cell_logits = self.cell_head(self.cell_proj(outputs.pooler_output)[:, None] + self.gene_id_proj(gene_ids))
 
         loss = gene_loss = cell_loss = None
@@ -741,7 +777,7 @@ class PanFoMaForCellClassification(PanFoMaPreTrainedModel):
             (batch,) integers for single-label problems, (batch, labels) floats for multi-label problems and
             regression.
         num_items_in_batch
-            Cells of the whole optimiser step, which Trainer gives when it accumulates gradients.
+            Labels of the whole optimiser step, which Trainer gives when it accumulates gradients.
 
         Returns
         -------
@@ -763,6 +799,9 @@ class PanFoMaForCellClassification(PanFoMaPreTrainedModel):
             loss = self.loss_function(
                 labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
             )
+            if num_items_in_batch is not None and self.config.problem_type != "single_label_classification":
+                # Transformers' losses of these problems are means whatever the number of items.
+                loss = loss * (labels.numel() / num_items_in_batch)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

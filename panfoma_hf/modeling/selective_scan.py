@@ -12,15 +12,18 @@ mamba-ssm package, taken by itself when that package is installed and the tensor
 """
 
 import functools
+import hashlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-# Elements of (steps, batch, channels, states) held at a time by the reference body: 2**19 floats are 2 MiB,
-# so that the few tensors of one block stay in a CPU's cache. See docs/log.md for the measurement.
-_BLOCK_ELEMENTS = 2**19
+# Steps of a block: the states before each block are all that a forward pass keeps.
+_BLOCK_STEPS = 32
+# Elements of (steps, cells, channels, states) at a time. On a CPU 2**19 floats are 2 MiB, so that the few tensors of a
+# block stay in the cache (docs/log.md); elsewhere only memory bounds them.
+_BLOCK_ELEMENTS = {"cpu": 2**19, "other": 2**25}
 
 
 def selective_scan_fn(
@@ -175,12 +178,20 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias):
 # operator so that torch.compile takes it whole instead of unrolling thousands of steps.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# The same file may be loaded twice in a process, from the package and from a checkpoint: each needs a name of its own.
-_NAMESPACE = __name__.replace(".", "_").replace("-", "_")
+# The same file may be loaded twice in a process, from the package and from a checkpoint: each needs a name of its own,
+# and the name of a checkpoint's folder need not be an identifier.
+_NAMESPACE = "panfoma_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
 
 
-def _block_length(batch: int, channels: int, states: int) -> int:
-    return max(1, _BLOCK_ELEMENTS // max(1, batch * channels * states))
+def _tiles(u: Tensor, A: Tensor) -> range:
+    """Starts of the groups of cells that are scanned together; the range's step is their size."""
+    elements = _BLOCK_ELEMENTS["cpu" if u.device.type == "cpu" else "other"]
+    size = max(1, elements // max(1, _BLOCK_STEPS * A.numel()))
+    return range(0, u.shape[0], size)
+
+
+def _num_blocks(seq: int) -> int:
+    return -(-seq // _BLOCK_STEPS)
 
 
 def _steps_first(*tensors: Tensor) -> list[Tensor]:
@@ -204,31 +215,39 @@ def _block_states(decay: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{_NAMESPACE}::scan", mutates_args=())
 def _scan_op(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence alone: outputs, the last state, and the state before each block."""
+    """The recurrence alone: outputs, the last state, and the states (blocks, batch, channels, states) before blocks."""
     batch, channels, seq = u.shape
-    length = _block_length(batch, channels, A.shape[1])
+    y = u.new_empty(batch, channels, seq)
+    last_state = u.new_zeros(batch, channels, A.shape[1])
+    boundaries = u.new_empty(_num_blocks(seq), *last_state.shape)
+    tiles = _tiles(u, A)
+    for start in tiles:
+        cells = slice(start, start + tiles.step)
+        _scan_tile(u[cells], delta[cells], A, B[cells], C[cells], y[cells], last_state[cells], boundaries[:, cells])
+    return y, last_state, boundaries
+
+
+def _scan_tile(u, delta, A, B, C, y, state, boundaries):
+    """Scan some cells, writing into the last three arguments; ``state`` starts as zeros."""
     u, delta, B, C = _steps_first(u, delta, B, C)
-    state = u.new_zeros(batch, channels, A.shape[1])
-    boundaries = u.new_empty(-(-seq // length), *state.shape)
-    y = torch.empty_like(u)
-    for index in range(boundaries.shape[0]):
+    outputs = torch.empty_like(u)
+    for index in range(len(boundaries)):
         boundaries[index] = state
-        block = slice(index * length, (index + 1) * length)
+        block = slice(index * _BLOCK_STEPS, (index + 1) * _BLOCK_STEPS)
         states = _block_states(*_block_terms(u[block], delta[block], A, B[block]), state)
-        torch.matmul(states, C[block, ..., None], out=y[block].unsqueeze(-1))
-        state = states[-1]
-    return y.permute(1, 2, 0).contiguous(), state.clone(), boundaries
+        outputs[block] = (states @ C[block, ..., None]).squeeze(-1)
+        state.copy_(states[-1])
+    y.copy_(outputs.permute(1, 2, 0))
 
 
 @_scan_op.register_fake
 def _(u, delta, A, B, C):
     batch, channels, seq = u.shape
     states = A.shape[1]
-    blocks = -(-seq // _block_length(batch, channels, states))
     return (
         u.new_empty(batch, channels, seq),
         u.new_empty(batch, channels, states),
-        u.new_empty(blocks, batch, channels, states),
+        u.new_empty(_num_blocks(seq), batch, channels, states),
     )
 
 
@@ -236,16 +255,31 @@ def _(u, delta, A, B, C):
 def _scan_backward_op(
     grad_y: Tensor, grad_state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, boundaries: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B and C; walks the blocks from the last to the first."""
-    batch, channels, _ = u.shape
-    length = _block_length(batch, channels, A.shape[1])
+    """Gradients of u, delta, A, B and C."""
+    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (u, delta, B, C)]
+    grad_A = torch.zeros_like(A)
+    tiles = _tiles(u, A)
+    for start in tiles:
+        cells = slice(start, start + tiles.step)
+        *tile_grads, tile_grad_A = _scan_tile_backward(
+            grad_y[cells], grad_state[cells], u[cells], delta[cells], A, B[cells], C[cells], boundaries[:, cells]
+        )
+        grad_A += tile_grad_A
+        for grad, tile_grad in zip(grads, tile_grads, strict=True):
+            grad[cells] = tile_grad.permute(1, 2, 0)
+    grad_u, grad_delta, grad_B, grad_C = grads
+    return grad_u, grad_delta, grad_A, grad_B, grad_C
+
+
+def _scan_tile_backward(grad_y, grad_state, u, delta, A, B, C, boundaries):
+    """Gradients of u, delta, B and C, steps first, and of A; walks the blocks from the last to the first."""
     u, delta, B, C, grad_y = _steps_first(u, delta, B, C, grad_y)
     grad_u, grad_delta, grad_B, grad_C = (torch.empty_like(tensor) for tensor in (u, delta, B, C))
     grad_A = torch.zeros_like(A)
     # Gradient that reaches the state after a block from the steps behind it.
     carried = grad_state
-    for index in reversed(range(boundaries.shape[0])):
-        block = slice(index * length, (index + 1) * length)
+    for index in reversed(range(len(boundaries))):
+        block = slice(index * _BLOCK_STEPS, (index + 1) * _BLOCK_STEPS)
         decay, inputs = _block_terms(u[block], delta[block], A, B[block])
         states = _block_states(decay, inputs, boundaries[index])
 
@@ -265,9 +299,7 @@ def _scan_backward_op(
         grad_A += (grad_exponent * delta[block, ..., None]).sum((0, 1))
         grad_delta[block] = grad_exponent.mul_(A).sum(-1).addcmul_(grad_input, u[block])
         grad_u[block] = grad_input * delta[block]
-    grads = (grad.permute(1, 2, 0).contiguous() for grad in (grad_u, grad_delta, grad_B, grad_C))
-    grad_u, grad_delta, grad_B, grad_C = grads
-    return grad_u, grad_delta, grad_A, grad_B, grad_C
+    return grad_u, grad_delta, grad_B, grad_C, grad_A
 
 
 @_scan_backward_op.register_fake

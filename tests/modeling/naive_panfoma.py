@@ -40,15 +40,15 @@ class NaivePanFoMa:
         scores = [float((state * cell).sum()) for state in states]
         order = sorted(range(len(states)), key=lambda gene: -scores[gene])
 
-        # Global decoder over the cell state and the genes, most relevant first.
-        decoded = [cell] + [states[gene] for gene in order]
+        # Global decoder over the genes, most relevant first.
+        decoded = [states[gene] for gene in order]
         for layer in range(config.num_decoder_layers):
             decoded = self.decoder_layer(f"decoder_layers.{layer}", decoded)
             hidden_states.append(self.unsorted(decoded, order))
         decoded = [self.rms_norm("final_norm", state) for state in decoded]
         hidden_states[-1] = self.unsorted(decoded, order)
         return {
-            "pooler_output": decoded[0],
+            "pooler_output": sum(decoded) / len(decoded) + cell,
             "last_hidden_state": torch.stack(hidden_states[-1]),
             "gene_scores": torch.tensor(scores, dtype=torch.float64),
             "hidden_states": [torch.stack(states) for states in hidden_states],
@@ -58,7 +58,7 @@ class NaivePanFoMa:
     def unsorted(decoded, order):
         states = [None] * len(order)
         for place, gene in enumerate(order):
-            states[gene] = decoded[1 + place]
+            states[gene] = decoded[place]
         return states
 
     def linear(self, name, vector):

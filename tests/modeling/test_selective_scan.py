@@ -32,7 +32,7 @@ def step_by_step(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softp
     return torch.stack(outputs).view(batch, channels, seq), torch.stack(last).view(batch, channels, -1)
 
 
-def scan_inputs(seq, *, batch=2, channels=3, states=4, dtype=torch.float64, full=True):
+def scan_inputs(seq, *, batch=3, channels=3, states=4, dtype=torch.float64, full=True):
     inputs = {
         "u": torch.randn(batch, channels, seq),
         "delta": torch.randn(batch, channels, seq) * 0.5,
@@ -51,12 +51,18 @@ def scan_inputs(seq, *, batch=2, channels=3, states=4, dtype=torch.float64, full
 
 @pytest.fixture(params=[1, 10, 10_000], ids=["blocks_of_1", "blocks_of_10", "one_block"])
 def block_steps(request, monkeypatch):
-    monkeypatch.setattr(selective_scan, "_BLOCK_ELEMENTS", request.param * 2 * 3 * 4)
+    monkeypatch.setattr(selective_scan, "_BLOCK_STEPS", request.param)
+
+
+@pytest.fixture(params=[1, 2, 5], ids=["one_cell_a_tile", "a_short_last_tile", "one_tile"])
+def tile_cells(request, block_steps, monkeypatch):
+    elements = request.param * 3 * 4 * selective_scan._BLOCK_STEPS
+    monkeypatch.setattr(selective_scan, "_BLOCK_ELEMENTS", {"cpu": elements})
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["skip_gate_bias", "bare"])
 @pytest.mark.parametrize("seq", [1, 7, 31])
-@pytest.mark.usefixtures("block_steps")
+@pytest.mark.usefixtures("tile_cells")
 def test_output_state_and_every_gradient_match_the_recurrence(seq, full):
     inputs = scan_inputs(seq, full=full)
     y, state = selective_scan_fn(**inputs, delta_softplus=True, return_last_state=True)
@@ -98,20 +104,20 @@ def test_custom_operators_keep_their_contracts():
     arguments = tuple(tensor.requires_grad_() for tensor in inputs.values())
     torch.library.opcheck(selective_scan._scan_op, arguments, test_utils=("test_schema", "test_faketensor"))
     _, state, boundaries = selective_scan._scan_op(*arguments)
-    detached = tuple(tensor.detach() for tensor in (torch.randn(2, 3, 9), state, *arguments, boundaries))
+    detached = tuple(tensor.detach() for tensor in (torch.randn(3, 3, 9), state, *arguments, boundaries))
     torch.library.opcheck(selective_scan._scan_backward_op, detached, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_an_empty_sequence_gives_an_empty_output_and_a_zero_state():
     inputs = {name: tensor.detach() for name, tensor in scan_inputs(0).items()}
     y, state = selective_scan_fn(**inputs, return_last_state=True)
-    assert y.shape == (2, 3, 0)
+    assert y.shape == (3, 3, 0)
     assert not state.any()
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("delta", (2, 3, 8)), ("A", (2, 4)), ("B", (2, 9, 4)), ("C", (1, 4, 9)), ("D", (4,)), ("z", (2, 9, 3))],
+    [("delta", (3, 3, 8)), ("A", (2, 4)), ("B", (3, 9, 4)), ("C", (1, 4, 9)), ("D", (4,)), ("z", (3, 9, 3))],
 )
 def test_a_wrong_shape_is_an_error_that_names_the_tensor(name, shape):
     inputs = {key: tensor.detach() for key, tensor in scan_inputs(9).items()}

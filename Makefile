@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# On a machine without a GPU a plain `torch` would bring gigabytes of CUDA libraries along.
+# What is installed where there is no GPU, before anything asks for torch. Where pip finds no CPU build of that version
+# (on Linux, PyPI has those with CUDA), name one:
+#   make demo CPU_TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 CPU_TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 SOURCES = panfoma_hf scripts tests
@@ -34,7 +36,7 @@ clean:
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	if command -v nvidia-smi > /dev/null; then $(PIP) torch; else $(PIP) "$(CPU_TORCH)"; fi
+	if command -v nvidia-smi > /dev/null; then $(PIP) torch; else $(PIP) $(CPU_TORCH); fi
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml

@@ -35,7 +35,7 @@ _LAZY = {
     "cell_dataset": ".data.cells",
     "embed": ".inference",
     "finetune": ".training",
-    "save_checkpoint": ".hub",
+    "save_checkpoint": ".training",
 }
 
 __all__ = [

@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from .data.cells import cell_dataset, read_cells, tokenize
+from .data.cells import cell_dataset, tokenize, writable_cells
 from .data.collator import DataCollatorForCells
 from .modeling import PanFoMaForCellClassification, PanFoMaPreTrainedModel
 from .tokenization import PanFoMaTokenizer
-from .tokenization.tokenization_panfoma import warn_of_empty_cells
+from .tokenization.tokenization_panfoma import check_tokenizer, warn_of_empty_cells
 from .version import __version__
 
 
@@ -69,7 +69,7 @@ def embed(
     ValueError
         If expression is not usable, no gene is known, or model and tokenizer do not belong together.
     """
-    adata = read_cells(cells)
+    adata = writable_cells(cells)
     model, tokenizer = _load(AutoModel, model, tokenizer, device)
     result = _run(adata, model, tokenizer, layer, gene_column, batch_size, progress)
     adata.obsm[key_added] = result.embeddings
@@ -115,9 +115,14 @@ def annotate(
     ValueError
         As in `embed`, and if the model has no trained classifier or names no single class.
     """
-    adata = read_cells(cells)
+    adata = writable_cells(cells)
     model, tokenizer = _load(AutoModelForSequenceClassification, model, tokenizer, device)
     config = model.config
+    if not hasattr(model, "classifier"):
+        raise ValueError(
+            f"Cells are named by a model with a classifier, got {type(model).__name__}. Load the checkpoint with "
+            "AutoModelForSequenceClassification, or use `panfoma_hf.embed`."
+        )
     if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
         raise ValueError(
             f"Cells are named by a single-label classifier, got problem_type {config.problem_type!r} with "
@@ -171,13 +176,7 @@ def _load(auto_class, model, tokenizer, device):
                 "A model needs its tokenizer, got a model that was not loaded from a checkpoint. Pass `tokenizer`."
             )
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-    config = model.config
-    if (len(tokenizer), tokenizer.num_expression_bins) != (config.vocab_size, config.num_expression_bins):
-        raise ValueError(
-            f"A model and its tokenizer must have the same genes and bins, got {config.vocab_size:,} and "
-            f"{config.num_expression_bins} in the model, {len(tokenizer):,} and {tokenizer.num_expression_bins} in the "
-            "tokenizer. Load both from one checkpoint."
-        )
+    check_tokenizer(tokenizer, model.config)
     return model, tokenizer
 
 
@@ -195,14 +194,16 @@ def _run(adata, model, tokenizer, layer, gene_column, batch_size, progress) -> _
     embeddings, logits = [], []
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        for batch in tqdm(loader, desc="PanFoMa", unit="batch", disable=not progress):
-            batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-            outputs = model.base_model(**batch)
-            embeddings.append(outputs.pooler_output.float().cpu())
-            if isinstance(model, PanFoMaForCellClassification):
-                logits.append(model.classifier(outputs.pooler_output).float().cpu())
-    model.train(was_training)
+    try:
+        with torch.inference_mode():
+            for batch in tqdm(loader, desc="PanFoMa", unit="batch", disable=not progress):
+                batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+                outputs = model.base_model(**batch)
+                embeddings.append(outputs.pooler_output.float().cpu())
+                if hasattr(model, "classifier"):
+                    logits.append(model.classifier(outputs.pooler_output).float().cpu())
+    finally:
+        model.train(was_training)
 
     back = np.empty_like(order)
     back[order] = np.arange(len(order))

@@ -3,24 +3,24 @@
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from .data.cells import cell_dataset, read_cells, tokenize
 from .data.collator import DataCollatorForCells
 from .data.variable_genes import variable_genes
-from .evaluation.metrics import classification_metrics
-from .hub import check_replaceable, save_checkpoint
-from .modeling import PanFoMaConfig, PanFoMaForCellClassification
+from .modeling import PanFoMaConfig, PanFoMaForCellClassification, PanFoMaPreTrainedModel
 from .modeling.configuration_panfoma import SIZES
 from .tokenization import PanFoMaTokenizer
-from .tokenization.tokenization_panfoma import warn_of_empty_cells
+from .tokenization.tokenization_panfoma import check_tokenizer, warn_of_empty_cells
 
 
 logger = logging.get_logger(__name__)
@@ -51,9 +51,9 @@ class PanFoMaTrainer(Trainer):
     """
 
     def __init__(self, *args, class_weights: torch.Tensor | None = None, **kwargs):
-        if class_weights is not None:
-            kwargs["compute_loss_func"] = WeightedCrossEntropy(class_weights)
         super().__init__(*args, **kwargs)
+        if class_weights is not None:
+            self.compute_loss_func = WeightedCrossEntropy(class_weights, self.args.label_smoothing_factor)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters that are decayed: no norms, no biases, and not Mamba's A_log and D."""
@@ -93,16 +93,25 @@ class WeightedCrossEntropy:
     ----------
     class_weights
         (labels,), of mean 1 over the training cells so that the learning rate keeps its meaning.
+    label_smoothing
+        Share of the target that is spread over all classes.
     """
 
-    def __init__(self, class_weights: torch.Tensor):
+    def __init__(self, class_weights: torch.Tensor, label_smoothing: float = 0.0):
         self.class_weights = class_weights
+        self.label_smoothing = label_smoothing
 
     def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
         """Loss of logits (batch, labels) and class ids (batch,), a scalar."""
         logits = outputs["logits"].float()
-        total = F.cross_entropy(logits, labels, weight=self.class_weights.to(logits.device), reduction="sum")
-        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        weights = self.class_weights.to(logits.device)
+        total = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=self.label_smoothing)
+        if num_items_in_batch is None:
+            num_items_in_batch = len(labels)
+        elif torch.is_tensor(num_items_in_batch):
+            # With several GPUs in one process Trainer repeats the number for each, and multiplies the loss by them.
+            num_items_in_batch = num_items_in_batch.sum().to(logits.device)
+        return total / num_items_in_batch
 
 
 def balanced_class_weights(labels: np.ndarray, num_labels: int, power: float) -> torch.Tensor:
@@ -151,15 +160,16 @@ def finetune(
     validation
         Cells that are scored after each epoch; never trained on.
     gene_set
-        Genes to restrict cells to: a number of variable genes, found on the training cells, or their names. Saved
-        with the checkpoint and applied at inference. None reads every gene of the vocabulary, or the set that the
-        starting checkpoint has.
+        Genes to restrict cells to: a number of variable genes, found on the training cells, which must be counts then;
+        or their names. Saved with the checkpoint and applied at inference. None reads every gene of the vocabulary, or
+        the set that the starting checkpoint has.
     class_weights
         Whether rare classes weigh more in the loss, by the inverse square root of their number of cells.
     layer, gene_column
         Where expression and gene names are; see `PanFoMaTokenizer`.
     training_arguments
-        Anything that `transformers.TrainingArguments` takes, over the defaults in `DEFAULT_ARGUMENTS`.
+        Anything that `transformers.TrainingArguments` takes, over the defaults in `DEFAULT_ARGUMENTS`. What Trainer
+        saves on the way (`save_strategy`) goes to ``<output_dir>-trainer``.
 
     Returns
     -------
@@ -172,7 +182,7 @@ def finetune(
     FileExistsError
         If ``output_dir`` holds something other than a checkpoint.
     """
-    check_replaceable(output_dir)
+    _check_replaceable(output_dir)
     cells = read_cells(cells)
     names = sorted(set(_labels(cells, label)))
     if len(names) < 2:
@@ -183,7 +193,7 @@ def finetune(
     validation = None if validation is None else read_cells(validation)
 
     tokenizer = _starting_tokenizer(model)
-    if isinstance(gene_set, int):
+    if isinstance(gene_set, Integral):
         gene_set = variable_genes(cells, gene_set, tokenizer, layer=layer, gene_column=gene_column)
     if gene_set is not None:
         tokenizer.gene_set = gene_set
@@ -198,14 +208,17 @@ def finetune(
         "eval_strategy": "no" if eval_dataset is None else "epoch",
         "dataloader_pin_memory": torch.cuda.is_available(),  # of no use elsewhere, and torch warns
         **training_arguments,
+        "remove_unused_columns": False,  # batches are grouped by the column of lengths
     }
     with tempfile.TemporaryDirectory() as scratch:
         # Trainer makes its folder even when it saves nothing there.
-        arguments.setdefault("output_dir", scratch if arguments["save_strategy"] == "no" else f"{output_dir}-trainer")
-        arguments = TrainingArguments(**arguments, remove_unused_columns=False)
+        arguments["output_dir"] = scratch if arguments["save_strategy"] == "no" else f"{output_dir}-trainer"
+        arguments = TrainingArguments(**arguments)
         torch.manual_seed(arguments.seed)  # a fresh model's weights follow the seed too
+        classifier = _starting_model(model, names, label, tokenizer)
+        check_tokenizer(tokenizer, classifier.config)
         trainer = PanFoMaTrainer(
-            model=_starting_model(model, names, label, tokenizer),
+            model=classifier,
             args=arguments,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -215,8 +228,81 @@ def finetune(
             class_weights=balanced_class_weights(train_labels, len(names), power=0.5) if class_weights else None,
         )
         trainer.train()
-    save_checkpoint(output_dir, trainer.model, tokenizer)
+    classifier = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_world_process_zero():
+        save_checkpoint(output_dir, classifier, tokenizer)
+    trainer.accelerator.wait_for_everyone()
+    classifier.name_or_path = str(output_dir)  # not where it started from
     return trainer
+
+
+def save_checkpoint(folder: str | Path, model: PanFoMaPreTrainedModel, tokenizer: PanFoMaTokenizer) -> Path:
+    """Save a model with its tokenizer and the code that loads them without this package, whole or not at all.
+
+    The folder appears when everything is written. An older checkpoint in its place is kept until then.
+
+    Parameters
+    ----------
+    folder
+        Where to save; new, empty, or an older PanFoMa checkpoint to replace.
+    model, tokenizer
+        What belongs together.
+
+    Returns
+    -------
+    The folder.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds something else.
+    """
+    _check_replaceable(folder)
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    return folder
+
+
+def _check_replaceable(folder: str | Path) -> None:
+    """Raise FileExistsError unless a folder is missing, empty, or nothing but a saved PanFoMa model."""
+    folder = Path(folder).resolve()
+    if not folder.exists():
+        return
+    others = ["a file of that name"]
+    if folder.is_dir():
+        others = sorted(path.name for path in folder.iterdir() if not _is_checkpoint_file(path))
+        config = folder / "config.json"
+        if not others and config.exists() and '"model_type": "panfoma"' not in config.read_text(encoding="utf-8"):
+            others = ["the config.json of another model"]
+    if others:
+        raise FileExistsError(
+            f"A checkpoint is saved to a new or empty folder, or over an older PanFoMa checkpoint, got {folder} with "
+            f"something else in it: {', '.join(others[:3])}. Choose another folder, or remove this one."
+        )
+
+
+def _is_checkpoint_file(path: Path) -> bool:
+    known = {
+        "genes.tsv.gz",
+        "config.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "model.safetensors.index.json",
+    }
+    code = {"configuration_panfoma.py", "modeling_panfoma.py", "selective_scan.py", "tokenization_panfoma.py"}
+    return path.is_file() and (path.name in known | code or path.suffix == ".safetensors")
 
 
 def _labels(cells: ad.AnnData, label: str) -> np.ndarray:
@@ -278,4 +364,8 @@ def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
             "The model calls every validation cell the same; train longer, or lower the learning rate. "
             f"Its accuracy is to be read beside the majority class's {majority:.3f}."
         )
-    return {**classification_metrics(prediction.label_ids, predicted), "majority_accuracy": float(majority)}
+    return {
+        "accuracy": float(accuracy_score(prediction.label_ids, predicted)),
+        "macro_f1": float(f1_score(prediction.label_ids, predicted, average="macro", zero_division=0)),
+        "majority_accuracy": float(majority),
+    }

@@ -93,7 +93,8 @@ def main() -> None:
     }
     labels = torch.randint(0, 10, (cells,), device=device)
     with torch.inference_mode():
-        inference = median_seconds(lambda: model(**batch), arguments.repeats, device)
+        inference = median_seconds(lambda: model.eval()(**batch), arguments.repeats, device)
+    model.train()
     training = median_seconds(lambda: model(**batch, labels=labels).loss.backward(), arguments.repeats, device)
     print(f"  model: inference {cells / inference:.1f} cells/s, training {cells / training:.1f} cells/s")
 

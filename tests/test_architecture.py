@@ -24,11 +24,10 @@ ARROWS = {
     "version": set(),
     "plotting": set(),
     "data": {"tokenization"},
-    "hub": {"modeling", "tokenization"},
     "evaluation": {"data", "modeling", "tokenization"},
     "inference": {"data", "modeling", "tokenization", "version"},
-    "training": {"data", "modeling", "tokenization", "evaluation", "hub"},
-    "__init__": {"data", "evaluation", "hub", "inference", "modeling", "tokenization", "training", "version"},
+    "training": {"data", "modeling", "tokenization"},
+    "__init__": {"data", "inference", "modeling", "tokenization", "training", "version"},
 }
 
 

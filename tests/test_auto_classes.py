@@ -132,10 +132,14 @@ def test_the_installed_package_wins_over_a_checkpoints_code(trained, adata):
 
 
 def test_the_code_of_a_checkpoint_may_be_loaded_beside_the_package(trained):
-    """Two copies of the scan's operators live in one process; neither may take the other's place."""
+    """Two copies of the scan's operators live in one process; neither may take the other's place.
+
+    The folder's name becomes part of a module's name, and need not be one.
+    """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     folder, model = trained
+    folder = folder.rename(folder.with_name("my model (v2) é"))
     copy = get_class_from_dynamic_module("modeling_panfoma.PanFoMaForCellClassification", str(folder))
     assert copy is not PanFoMaForCellClassification
     other = copy.from_pretrained(folder).eval()

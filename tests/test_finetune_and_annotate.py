@@ -1,7 +1,7 @@
 """Fine-tuning and inference, end to end on small cells and on real ones."""
 
 import json
-import logging
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -89,6 +89,17 @@ def test_a_gene_set_is_saved_and_applied_at_inference(adata, fresh, tmp_path):
     assert whole.uns["panfoma"]["X_panfoma"]["genes_used"] == 12
 
 
+def test_a_finetuned_model_finds_its_own_tokenizer_not_that_of_its_start(adata, fresh, tmp_path):
+    panfoma_hf.finetune(adata, "cell_type", tmp_path / "a", model=fresh, gene_set=adata.var_names[:20], **QUICK)
+    trainer = panfoma_hf.finetune(
+        adata, "cell_type", tmp_path / "b", model=tmp_path / "a", gene_set=adata.var_names[20:], **QUICK
+    )
+    by_model = panfoma_hf.embed(adata.copy(), trainer.model, progress=False)
+    by_path = panfoma_hf.embed(adata.copy(), tmp_path / "b", progress=False)
+    np.testing.assert_allclose(by_model.obsm["X_panfoma"], by_path.obsm["X_panfoma"], rtol=1e-5, atol=1e-6)
+    assert by_model.uns["panfoma"] == by_path.uns["panfoma"]
+
+
 def test_mambas_a_and_d_norms_and_biases_are_not_decayed(tmp_path):
     model = panfoma_hf.PanFoMaForCellClassification(tiny_config())
     trainer = PanFoMaTrainer(model=model, args=TrainingArguments(output_dir=tmp_path, report_to="none"))
@@ -133,6 +144,24 @@ def test_a_users_own_plain_trainer_works(trained, adata, tmp_path):
     assert trainer.train().training_loss > 0
 
 
+def test_label_smoothing_reaches_the_weighted_loss(tmp_path):
+    weights, logits, labels = torch.tensor([0.5, 2.0]), torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
+    expected = torch.nn.functional.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=0.2) / 4
+    torch.testing.assert_close(WeightedCrossEntropy(weights, 0.2)({"logits": logits}, labels), expected)
+    args = TrainingArguments(output_dir=tmp_path, report_to="none", label_smoothing_factor=0.2)
+    trainer = PanFoMaTrainer(
+        model=panfoma_hf.PanFoMaForCellClassification(tiny_config()), args=args, class_weights=weights
+    )
+    assert trainer.compute_loss_func.label_smoothing == 0.2
+
+
+def test_trainers_own_checkpoints_hold_the_tokenizer(adata, fresh, tmp_path):
+    panfoma_hf.finetune(adata, "cell_type", tmp_path / "x", model=fresh, save_strategy="epoch", **QUICK)
+    (saved,) = (tmp_path / "x-trainer").iterdir()
+    assert (saved / "genes.tsv.gz").is_file()
+    assert panfoma_hf.embed(adata, saved, progress=False).obsm["X_panfoma"].shape == (48, 32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -173,6 +202,36 @@ def test_a_folder_with_something_else_in_it_is_not_overwritten(adata, fresh, tmp
     with pytest.raises(FileExistsError, match="something else in it"):
         panfoma_hf.finetune(adata, "cell_type", tmp_path, model=fresh, **QUICK)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_checkpoint_with_a_users_notes_in_it_is_not_overwritten(trained):
+    folder, model = trained
+    (folder / "notes.txt").write_text("the good one")
+    with pytest.raises(FileExistsError, match=r"something else in it: notes\.txt"):
+        panfoma_hf.save_checkpoint(folder, model, AutoTokenizer.from_pretrained(folder))
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_an_older_checkpoint_is_replaced_and_put_back_if_that_fails(trained, monkeypatch):
+    folder, model = trained
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+    rename = Path.rename
+
+    def refuse_the_new(self, target):
+        if self.name == "new":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new)
+    with pytest.raises(OSError, match="no"):
+        panfoma_hf.save_checkpoint(folder, model, tokenizer)
+    assert (folder / "model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    panfoma_hf.save_checkpoint(folder, model, tokenizer)
+    assert (folder / "model.safetensors").read_bytes() != before
 
 
 def test_a_failing_save_keeps_the_older_checkpoint(trained, monkeypatch):
@@ -289,6 +348,26 @@ def test_a_checkpoint_without_a_classifier_does_not_annotate(adata, fresh, tmp_p
     assert panfoma_hf.embed(adata, tmp_path / "body", progress=False).obsm["X_panfoma"].shape == (48, 32)
 
 
+def test_a_model_without_a_classifier_does_not_annotate(adata, fresh, tokenizer):
+    with pytest.raises(ValueError, match="got PanFoMaModel"):
+        panfoma_hf.annotate(adata, PanFoMaModel(fresh), tokenizer=tokenizer)
+
+
+def test_cells_that_cannot_be_written_to_are_an_error_before_any_work(trained, adata, tmp_path):
+    folder, _ = trained
+    adata.uns["panfoma"] = "mine"
+    with pytest.raises(ValueError, match=r"uns\['panfoma'\] must be free"):
+        panfoma_hf.annotate(adata, folder, progress=False)
+    assert list(adata.obs) == ["cell_type"]
+    del adata.uns["panfoma"]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    with pytest.raises(ValueError, match="to_memory"):
+        panfoma_hf.embed(backed[:3], folder, progress=False)
+    assert panfoma_hf.embed(backed, folder, progress=False).obsm["X_panfoma"].shape == (48, 32)
+    backed.file.close()
+
+
 def test_a_multi_label_model_does_not_annotate(adata, tokenizer):
     config = tiny_config(vocab_size=len(tokenizer), problem_type="multi_label_classification")
     model = panfoma_hf.PanFoMaForCellClassification(config)
@@ -303,8 +382,13 @@ def test_a_model_and_a_tokenizer_of_other_genes_are_an_error(adata, tokenizer):
         panfoma_hf.embed(adata, PanFoMaModel(tiny_config()))
 
 
-def test_log_of_what_was_understood_is_one_line(trained, adata, capsys):
+def test_a_model_of_other_genes_does_not_start_training(adata, tmp_path):
+    with pytest.raises(ValueError, match="got 120 and 50 in the model"):
+        panfoma_hf.finetune(adata, "cell_type", tmp_path / "x", model=tiny_config(), **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_understood_is_said(trained, adata, caplog):
     folder, _ = trained
-    logging.getLogger().handlers.clear()
     panfoma_hf.embed(adata, folder, progress=False)
-    assert "48 cells from X: 40 of 40 gene names resolved (40 by approved symbol)" in capsys.readouterr().err
+    assert "48 cells from X: 40 of 40 gene names resolved (40 by approved symbol)" in caplog.text

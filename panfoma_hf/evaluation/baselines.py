@@ -24,7 +24,7 @@ def variable_genes_logistic_regression(
     Parameters
     ----------
     train, test
-        Cells with the same genes, as counts.
+        Cells with the same genes under names of their own, as counts.
     label
         Column of ``train.obs``.
     num_genes
@@ -39,8 +39,7 @@ def variable_genes_logistic_regression(
     (test cells,), predicted labels.
     """
     genes = variable_genes(train, num_genes, layer=layer)
-    columns = train.var_names.get_indexer(genes)
-    train_matrix, test_matrix = (log_normalized(cells, layer)[:, columns].X.toarray() for cells in (train, test))
+    train_matrix, test_matrix = (log_normalized(cells, layer)[:, genes].X.toarray() for cells in (train, test))
     # The clip keeps a gene that few training cells express from blowing up in a test cell, as is usual after scaling.
     scaler = StandardScaler().fit(train_matrix)
     train_matrix, test_matrix = (np.clip(scaler.transform(matrix), -10, 10) for matrix in (train_matrix, test_matrix))

@@ -20,10 +20,10 @@ from torch import Tensor
 
 
 # Steps of a block: the states before each block are all that a forward pass keeps.
-_BLOCK_STEPS = 32
-# Elements of (steps, cells, channels, states) at a time. On a CPU 2**19 floats are 2 MiB, so that the few tensors of a
+_BLOCK_STEPS = 64
+# Elements of (steps, cells, channels, states) at a time. On a CPU 2**20 floats are 4 MiB, so that the few tensors of a
 # block stay in the cache (docs/log.md); elsewhere only memory bounds them.
-_BLOCK_ELEMENTS = {"cpu": 2**19, "other": 2**25}
+_BLOCK_ELEMENTS = {"cpu": 2**20, "other": 2**25}
 
 
 def selective_scan_fn(

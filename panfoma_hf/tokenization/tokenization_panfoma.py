@@ -193,6 +193,8 @@ def choose_matrix(adata, layer: str | None = None, gene_column: str | None = Non
             f"`layer` must be 'X', 'raw' or a layer's name, got {layer!r}; the layers are {sorted(adata.layers)}. "
             "Leave it out to take layers['counts'], else raw.X, else X."
         )
+    if hasattr(matrix, "to_memory"):  # a matrix that AnnData has left on disk
+        matrix = matrix.to_memory()
     if matrix is None:
         raise ValueError(f"The AnnData's {source} must hold a matrix, got None. Pass `layer` to name another.")
     if gene_column is not None:
@@ -207,14 +209,11 @@ def choose_matrix(adata, layer: str | None = None, gene_column: str | None = Non
 
 def _expressed_entries(matrix, source: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Cells, genes and values of the non-zero entries of a dense or sparse (cells, genes) matrix, and its height."""
-    if hasattr(matrix, "to_memory"):  # a matrix that AnnData has left on disk
-        matrix = matrix.to_memory()
     if hasattr(matrix, "tocsr"):
         matrix = matrix.tocsr()
         cells = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
         genes, values = matrix.indices, matrix.data
     else:
-        matrix = np.asarray(matrix)
         if matrix.ndim != 2:
             raise ValueError(
                 f"Expression must be a (cells, genes) matrix or one cell's (genes,) vector, got {matrix.ndim} "
@@ -295,6 +294,11 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         pad_token: str = "[PAD]",
         **kwargs,
     ):
+        if not isinstance(num_expression_bins, int) or num_expression_bins < 1:
+            raise ValueError(
+                f"`num_expression_bins` must be a positive integer, got {num_expression_bins!r}. "
+                "Use that of the model's configuration."
+            )
         if kwargs.get("padding_side", "right") != "right":
             raise ValueError(
                 f"Padding must be on the right, got {kwargs['padding_side']!r}: a cell's chunks are cut from its "
@@ -345,6 +349,10 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         return 0 if token == self._pad_symbol else self._id_of_symbol.get(token)
 
     def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < self.vocab_size:
+            raise ValueError(
+                f"Gene ids are 0 to {len(self) - 1:,}, got {index}. Decode `input_ids`, not labels or bins."
+            )
         return self._pad_symbol if index == 0 else self._symbols[index - 1]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -398,6 +406,8 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         names
             (genes,), such as ``adata.var_names``.
         """
+        if isinstance(names, str):
+            raise TypeError(f"Gene names must be a list, got the string {names!r}. Put it into a list.")
         names = np.asarray(names, dtype=object)
         if names.ndim != 1:
             raise ValueError(f"Gene names must be one list, got {names.ndim} dimensions. Flatten them.")
@@ -416,7 +426,7 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
                 return token_id, "Ensembl id"
             if match[1] in self._ambiguous:
                 return -1, "ambiguous"
-        token_id = self._added_tokens_encoder.get(name, 0)
+        token_id = self.get_added_vocab().get(name, 0)
         return (token_id, "added token") if token_id else (-1, "unknown")
 
     # -- cells -----------------------------------------------------------------------------------------------------
@@ -433,7 +443,8 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         """Tokenize many cells into flat arrays; what a data set or a file of any size is built from.
 
         Each cell is restricted to the genes of the vocabulary, or of ``gene_set``, before its values are ranked, so
-        its tokens do not depend on which other genes its file has. Columns of the same gene are added up.
+        its tokens do not depend on which other genes its file has. Columns of the same gene are added up, as counts
+        are; on another scale that is not the sum of the counts, so such files are best read as counts.
 
         Parameters
         ----------
@@ -457,6 +468,7 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
 
         order = np.lexsort((draw_order(len(self))[tokens], cell_index))
         cell_index, tokens, values = cell_index[order], tokens[order], values[order]
+        values = values.astype(np.float64)  # sums must not overflow
         if len(tokens):
             new_token = np.append(True, (cell_index[1:] != cell_index[:-1]) | (tokens[1:] != tokens[:-1]))
             if not new_token.all():
@@ -494,7 +506,10 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         else:
             matrix, names, source = cells, gene_names, "the matrix"
             if hasattr(cells, "columns") and hasattr(cells, "to_numpy"):  # a data frame
-                matrix, names = cells.to_numpy(), list(cells.columns) if gene_names is None else gene_names
+                matrix = cells.to_numpy(dtype=np.float64, na_value=np.nan)
+                names = list(cells.columns) if gene_names is None else gene_names
+            elif hasattr(cells, "detach"):  # a tensor, on whatever device and of whatever dtype
+                matrix = cells.detach().double().cpu().numpy()
             elif not hasattr(cells, "tocsr"):
                 matrix = np.asarray(cells)
         if names is None:
@@ -584,6 +599,12 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             If the expression is not numeric.
         """
         max_length = self.model_max_length if max_length is None else max_length
+        if max_length < 1:
+            raise ValueError(
+                f"`max_length` must be at least 1, got {max_length}. Leave it out to take model_max_length."
+            )
+        if not isinstance(truncation, bool):
+            raise ValueError(f"`truncation` must be True or False, got {truncation!r}. There is one way to truncate.")
         tokens = self.tokenize_cells(
             cells,
             gene_names,
@@ -656,6 +677,8 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         if padding_side not in (None, "right"):
             raise ValueError(f"Padding must be on the right, got {padding_side!r}. Leave `padding_side` out.")
         if not isinstance(encoded_inputs, Mapping):
+            if not len(encoded_inputs):
+                raise ValueError("At least one cell is needed to make a batch, got none. Leave empty batches out.")
             encoded_inputs = {key: [cell[key] for cell in encoded_inputs] for key in encoded_inputs[0]}
         batch = dict(encoded_inputs)
         if "input_ids" not in batch:
@@ -702,6 +725,17 @@ def _pad_rows(rows: Sequence, length: int, filler: int) -> np.ndarray:
     for line, row in zip(padded, rows, strict=True):
         line[: len(row)] = row
     return padded
+
+
+def check_tokenizer(tokenizer, config) -> None:
+    """Raise ValueError unless a tokenizer gives the genes and bins that a model of this configuration reads."""
+    read, given = (config.vocab_size, config.num_expression_bins), (len(tokenizer), tokenizer.num_expression_bins)
+    if read != given:
+        raise ValueError(
+            f"A model and its tokenizer must have the same genes and bins, got {read[0]:,} and {read[1]} in the model, "
+            f"{given[0]:,} and {given[1]} in the tokenizer. Load both from one checkpoint, or build the configuration "
+            "with `vocab_size=len(tokenizer)`."
+        )
 
 
 def warn_of_empty_cells(lengths: np.ndarray) -> None:

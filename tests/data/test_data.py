@@ -29,6 +29,15 @@ def test_a_data_set_holds_each_cells_tokens(dataset, adata, tokenizer):
     assert dataset.features["expression_bins"].feature.dtype == "uint8"
 
 
+@pytest.mark.parametrize(
+    "labels", [np.linspace(-1, 1, 48), np.eye(3)[np.arange(48) % 3]], ids=["regression", "multi_label"]
+)
+def test_labels_may_be_numbers_and_rows_of_numbers(labels, adata, tokenizer):
+    dataset = cell_dataset(tokenizer.tokenize_cells(adata), labels=labels)
+    batch = DataCollatorForCells(tokenizer)([dataset[index] for index in range(48)])
+    torch.testing.assert_close(batch["labels"], torch.tensor(labels, dtype=torch.float32))
+
+
 def test_tokenize_says_which_matrix_it_read_and_what_resolved(adata, tokenizer):
     adata.layers["counts"] = adata.X
     tokens, resolution, source = tokenize(adata, tokenizer)
@@ -115,9 +124,23 @@ def test_a_missing_file_and_another_kind_of_file_are_errors(tmp_path):
         read_cells(tmp_path / "cells.txt")
 
 
-def test_labels_must_be_as_many_as_cells(adata, tokenizer):
-    with pytest.raises(ValueError, match="got 3 for 48 cells"):
-        cell_dataset(tokenizer.tokenize_cells(adata), labels=[0, 1, 2])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        pytest.param([0, 1, 2], r"got \(3,\) for 48 cells", id="too_few"),
+        pytest.param([0] * 47 + [-1], "got 1 that are negative", id="missing_code"),
+        pytest.param([0.5] * 47 + [np.nan], "got 1 that are not finite", id="missing_number"),
+        pytest.param(["mast"] * 48, "Labels must be numbers", id="names"),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_errors(labels, message, adata, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        cell_dataset(tokenizer.tokenize_cells(adata), labels=labels)
+
+
+def test_no_cells_are_an_error(adata, tokenizer):
+    with pytest.raises(ValueError, match="At least one cell"):
+        tokenize(adata[:0], tokenizer)
 
 
 def test_cells_without_bins_are_an_error_that_names_trainers_habit(tokenizer):

@@ -209,7 +209,8 @@ MATRIX = np.array([[5, 0, 2, 1, 0, 0, 0, 0, 9], [0, 0, 0, 3, 3, 0, 0, 0, 0]], dt
         pytest.param(sp.csr_matrix(MATRIX), id="csr"),
         pytest.param(sp.csc_matrix(MATRIX), id="csc"),
         pytest.param(sp.csr_array(MATRIX), id="csr_array"),
-        pytest.param(torch.tensor(MATRIX), id="torch"),
+        pytest.param(torch.tensor(MATRIX, dtype=torch.bfloat16, requires_grad=True), id="torch"),
+        pytest.param(MATRIX.astype(np.uint8), id="bytes"),
         pytest.param(np.asfortranarray(MATRIX, dtype=np.float16), id="fortran_half"),
     ],
 )
@@ -227,6 +228,7 @@ def test_an_anndata_and_a_data_frame_bring_their_own_names(tokenizer):
     expected = tokenizer(MATRIX, gene_names=GENES)
     frame = pd.DataFrame(MATRIX, columns=GENES)
     assert tokenizer(frame) == expected
+    assert tokenizer(frame.astype("Int64")) == expected
     adata = ad.AnnData(-MATRIX, var=pd.DataFrame({"id": GENES}, index=[f"gene{i}" for i in range(9)]))
     adata.layers["counts"] = sp.csr_matrix(MATRIX)
     assert tokenizer(adata, gene_column="id") == expected
@@ -298,14 +300,9 @@ def test_ragged_cells_without_padding_cannot_be_tensors(tokenizer):
         tokenizer(MATRIX, gene_names=GENES, return_tensors="pt")
 
 
-def test_an_empty_cell_is_flagged_and_all_padding(tokenizer, caplog, monkeypatch):
-    import transformers
-
-    monkeypatch.setattr(transformers.logging.get_logger("transformers"), "propagate", True)
+def test_an_empty_cell_is_flagged_and_all_padding(tokenizer, caplog):
     empty = np.vstack([MATRIX, np.zeros(9)])
-    logger = transformers.logging.get_logger("panfoma_hf.tokenization.tokenization_panfoma")
-    with caplog.at_level("WARNING", logger=logger.name):
-        encoding = tokenizer(empty, gene_names=GENES, padding=True, return_tensors="pt")
+    encoding = tokenizer(empty, gene_names=GENES, padding=True, return_tensors="pt")
     assert encoding["attention_mask"].sum(1).tolist() == [4, 2, 0]
     assert "1 of 3 cells have no expressed gene of the vocabulary (2)" in caplog.text
     alone = tokenizer(np.zeros((1, 9)), gene_names=GENES, padding=True, return_tensors="pt")
@@ -397,6 +394,7 @@ def changed(value):
         pytest.param(MATRIX.astype(str), GENES, TypeError, "real numbers", id="strings"),
         pytest.param("CD3E CD8A", GENES, TypeError, "not text", id="text"),
         pytest.param(["CD3E", "CD8A"], None, TypeError, "not text", id="list_of_text"),
+        pytest.param(MATRIX[:, :3], "LYZ", TypeError, "got the string 'LYZ'", id="one_name"),
     ],
 )
 def test_bad_cells_are_errors(cells, names, error, message, tokenizer):
@@ -420,6 +418,32 @@ def test_what_an_anndata_does_not_have_is_an_error(arguments, message, tokenizer
 def test_a_layer_of_a_plain_matrix_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="belong to an AnnData"):
         tokenizer(MATRIX, gene_names=GENES, layer="counts")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": 0}, "`max_length` must be at least 1, got 0"),
+        ({"truncation": "only_first"}, "`truncation` must be True or False"),
+        ({"padding": "shortest"}, "`padding` must be True"),
+    ],
+)
+def test_bad_lengths_and_padding_are_errors(arguments, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        tokenizer(MATRIX, gene_names=GENES, **arguments)
+
+
+def test_ids_that_are_no_genes_do_not_decode(tokenizer):
+    for token_id in (-100, 30_000):
+        with pytest.raises(ValueError, match=f"Gene ids are 0 to 25,532, got {token_id}"):
+            tokenizer.decode([token_id])
+
+
+def test_no_bins_and_an_empty_batch_are_errors(tokenizer):
+    with pytest.raises(ValueError, match="positive integer, got 0"):
+        PanFoMaTokenizer(num_expression_bins=0)
+    with pytest.raises(ValueError, match="At least one cell"):
+        tokenizer.pad([])
 
 
 @pytest.mark.parametrize("names", [["LYZ", "nonsense"], []], ids=["unknown", "empty"])

@@ -16,8 +16,7 @@ from transformers.utils import logging
 from .data.cells import cell_dataset, tokenize, writable_cells
 from .data.collator import DataCollatorForCells
 from .modeling import PanFoMaForCellClassification, PanFoMaPreTrainedModel
-from .tokenization import PanFoMaTokenizer
-from .tokenization.tokenization_panfoma import check_tokenizer, warn_of_empty_cells
+from .tokenization import PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
 from .version import __version__
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning: a thin recipe over `transformers.Trainer`."""
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from numbers import Integral
@@ -19,8 +20,7 @@ from .data.collator import DataCollatorForCells
 from .data.variable_genes import variable_genes
 from .modeling import PanFoMaConfig, PanFoMaForCellClassification, PanFoMaPreTrainedModel
 from .modeling.configuration_panfoma import SIZES
-from .tokenization import PanFoMaTokenizer
-from .tokenization.tokenization_panfoma import check_tokenizer, warn_of_empty_cells
+from .tokenization import PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
 
 
 logger = logging.get_logger(__name__)
@@ -39,6 +39,13 @@ DEFAULT_ARGUMENTS = {
     "save_strategy": "no",
     "report_to": "none",
 }
+
+
+# What `save_checkpoint` writes, and so may replace.
+CHECKPOINT_FILES = re.compile(
+    r".+\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer_config\.json|added_tokens\.json|genes\.tsv\.gz|"
+    r"(configuration|modeling|tokenization)_panfoma\.py|selective_scan\.py|expression\.py"
+)
 
 
 class PanFoMaTrainer(Trainer):
@@ -282,7 +289,7 @@ def _check_replaceable(folder: str | Path) -> None:
         return
     others = ["a file of that name"]
     if folder.is_dir():
-        others = sorted(path.name for path in folder.iterdir() if not _is_checkpoint_file(path))
+        others = sorted(path.name for path in folder.iterdir() if not CHECKPOINT_FILES.fullmatch(path.name))
         config = folder / "config.json"
         if not others and config.exists() and '"model_type": "panfoma"' not in config.read_text(encoding="utf-8"):
             others = ["the config.json of another model"]
@@ -291,18 +298,6 @@ def _check_replaceable(folder: str | Path) -> None:
             f"A checkpoint is saved to a new or empty folder, or over an older PanFoMa checkpoint, got {folder} with "
             f"something else in it: {', '.join(others[:3])}. Choose another folder, or remove this one."
         )
-
-
-def _is_checkpoint_file(path: Path) -> bool:
-    known = {
-        "genes.tsv.gz",
-        "config.json",
-        "tokenizer_config.json",
-        "added_tokens.json",
-        "model.safetensors.index.json",
-    }
-    code = {"configuration_panfoma.py", "modeling_panfoma.py", "selective_scan.py", "tokenization_panfoma.py"}
-    return path.is_file() and (path.name in known | code or path.suffix == ".safetensors")
 
 
 def _labels(cells: ad.AnnData, label: str) -> np.ndarray:

@@ -14,6 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TRAVELLING = [
     *sorted((PACKAGE / "modeling").glob("*_panfoma.py")),
     PACKAGE / "modeling" / "selective_scan.py",
+    PACKAGE / "tokenization" / "expression.py",
     PACKAGE / "tokenization" / "tokenization_panfoma.py",
 ]
 

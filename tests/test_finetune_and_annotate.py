@@ -38,6 +38,7 @@ def test_finetuning_learns_and_saves_names_genes_and_code(trained, adata):
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
         "configuration_panfoma.py",
+        "expression.py",
         "genes.tsv.gz",
         "model.safetensors",
         "modeling_panfoma.py",

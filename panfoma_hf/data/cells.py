@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from ..tokenization import CellTokens, GeneResolution, PanFoMaTokenizer
-from ..tokenization.tokenization_panfoma import choose_matrix
+from ..tokenization import CellTokens, GeneResolution, PanFoMaTokenizer, choose_matrix
 from . import schema
 
 

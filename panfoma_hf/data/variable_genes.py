@@ -4,8 +4,7 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
-from ..tokenization import PanFoMaTokenizer
-from ..tokenization.tokenization_panfoma import choose_matrix
+from ..tokenization import PanFoMaTokenizer, choose_matrix
 
 
 def log_normalized(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, BatchEncoding
 
 from panfoma_hf import PanFoMaConfig, PanFoMaTokenizer
-from panfoma_hf.tokenization.tokenization_panfoma import draw_order, quantile_bins
+from panfoma_hf.tokenization.expression import draw_order, quantile_bins
 from tests.conftest import ROOT
 
 
@@ -316,6 +316,7 @@ def test_save_and_load_keep_genes_set_and_lengths(tmp_path):
     tokenizer = PanFoMaTokenizer(gene_set=["ENSG00000153563.15", "LYZ", "LYZ"], model_max_length=64)
     tokenizer.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
+        "expression.py",
         "genes.tsv.gz",
         "tokenization_panfoma.py",
         "tokenizer_config.json",

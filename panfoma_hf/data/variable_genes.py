@@ -51,10 +51,12 @@ def variable_genes(
     Raises
     ------
     ValueError
-        If the values are not counts.
+        If the values are not counts, or no gene is asked for.
     ImportError
         If scanpy is not installed.
     """
+    if num_genes < 1:
+        raise ValueError(f"At least one variable gene must be asked for, got {num_genes}. 1,000 serve many a tissue.")
     scanpy = _scanpy()
     matrix, names, source = choose_matrix(adata, layer, gene_column)
     matrix = sp.csr_matrix(matrix)

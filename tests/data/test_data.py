@@ -111,6 +111,8 @@ def test_variable_genes_of_what_is_no_counts_are_an_error(adata):
     adata.X = adata.X * 0.5
     with pytest.raises(ValueError, match="found on counts"):
         variable_genes(adata, 10)
+    with pytest.raises(ValueError, match="got 0"):
+        variable_genes(adata, 0)
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

@@ -147,6 +147,15 @@ def test_the_code_of_a_checkpoint_may_be_loaded_beside_the_package(trained):
     torch.testing.assert_close(other(**batch).logits, model.eval()(**batch).logits)
 
 
+def test_the_body_of_a_classifiers_checkpoint_loads_whole_and_without_a_report(trained):
+    folder, model = trained
+    body, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    batch = random_cells([12])[0]
+    torch.testing.assert_close(body.eval()(**batch).pooler_output, model.panfoma.eval()(**batch).pooler_output)
+
+
 def test_auto_classes_build_models_from_a_configuration():
     config = tiny_config()
     assert type(AutoModel.from_config(config)) is PanFoMaModel

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from ..tokenization import CellTokens, GeneResolution, PanFoMaTokenizer, choose_matrix
+from ..tokenization import CellTokens, GeneResolution, PanFoMaTokenizer, choose_layer, choose_matrix
 from . import schema
 
 
@@ -67,6 +67,7 @@ def tokenize(
     """
     if not adata.n_obs:
         raise ValueError("At least one cell is needed, got an AnnData without cells. Check how it was subset.")
+    layer = choose_layer(adata) if layer is None else layer
     _, names, source = choose_matrix(adata, layer, gene_column)
     resolution = tokenizer.resolve_genes(names)
     tokens = tokenizer.tokenize_cells(adata, resolution, layer=layer, gene_column=gene_column)

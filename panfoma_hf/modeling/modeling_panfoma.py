@@ -507,6 +507,9 @@ class PanFoMaModel(PanFoMaPreTrainedModel):
         `PanFoMaConfig`.
     """
 
+    # The body of a checkpoint with a head is loaded without a report of what the head would have been.
+    _keys_to_ignore_on_load_unexpected = [r"^(classifier|gene_head|cell_head|cell_proj|gene_id_proj)\."]
+
     def __init__(self, config: PanFoMaConfig):
         super().__init__(config)
         self.embeddings = PanFoMaEmbeddings(config)

@@ -1,6 +1,6 @@
 """The PanFoMa tokenizer. Its files travel with every checkpoint: they import numpy and transformers only."""
 
-from .expression import choose_matrix
+from .expression import choose_layer, choose_matrix
 from .tokenization_panfoma import CellTokens, GeneResolution, PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
 
 
@@ -9,6 +9,7 @@ __all__ = [
     "GeneResolution",
     "PanFoMaTokenizer",
     "check_tokenizer",
+    "choose_layer",
     "choose_matrix",
     "warn_of_empty_cells",
 ]

@@ -74,6 +74,13 @@ def is_anndata(cells) -> bool:
     return all(hasattr(cells, name) for name in ("X", "var_names", "obs_names", "layers"))
 
 
+def choose_layer(adata) -> str:
+    """Where an AnnData's counts are most likely: the layer "counts", else "raw", else "X"."""
+    if "counts" in adata.layers:
+        return "counts"
+    return "X" if adata.raw is None else "raw"
+
+
 def choose_matrix(adata, layer: str | None = None, gene_column: str | None = None):
     """Find an AnnData's expression matrix and its gene names.
 
@@ -90,8 +97,7 @@ def choose_matrix(adata, layer: str | None = None, gene_column: str | None = Non
     -------
     The matrix (cells, genes), the names (genes,), and a description of where it came from.
     """
-    if layer is None:
-        layer = "counts" if "counts" in adata.layers else "X" if adata.raw is None else "raw"
+    layer = choose_layer(adata) if layer is None else layer
     if layer == "raw":
         if adata.raw is None:
             raise ValueError("`layer='raw'` needs an AnnData with `raw`, got one without. Pass 'X' or a layer's name.")

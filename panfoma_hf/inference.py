@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -228,7 +229,10 @@ def _revision(name_or_path: str) -> str:
     """Commit of a checkpoint of the Hub, as its files lie in the cache; empty for a folder or a fresh model."""
     if not name_or_path or Path(name_or_path).is_dir():
         return ""
-    config = try_to_load_from_cache(name_or_path, "config.json")
+    try:
+        config = try_to_load_from_cache(name_or_path, "config.json")
+    except HFValidationError:  # no name of the Hub: a folder that has been moved since
+        return ""
     return Path(config).parent.name if isinstance(config, str) else ""
 
 

@@ -301,6 +301,14 @@ def test_a_model_and_its_tokenizer_may_be_passed(trained, adata):
     assert model.training  # as it was
 
 
+def test_a_model_outlives_the_folder_that_it_was_loaded_from(trained, adata):
+    folder, _ = trained
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    folder.rename(folder.with_name("elsewhere"))
+    panfoma_hf.embed(adata, model, tokenizer=tokenizer, progress=False)
+    assert adata.uns["panfoma"]["X_panfoma"]["revision"] == ""
+
+
 def test_a_file_is_annotated_without_being_changed(trained, adata, tmp_path):
     folder, _ = trained
     adata.write_h5ad(tmp_path / "cells.h5ad")

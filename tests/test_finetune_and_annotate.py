@@ -43,6 +43,9 @@ def test_finetuning_learns_and_saves_names_genes_and_code(trained, adata):
         "model.safetensors",
         "modeling_panfoma.py",
         "selective_scan.py",
+        "reference_kernels.py",
+        "numba_kernels.py",
+        "triton_kernels.py",
         "tokenization_panfoma.py",
         "tokenizer_config.json",
     }

@@ -7,7 +7,7 @@ from .modeling_panfoma import (
     PanFoMaModel,
     PanFoMaPreTrainedModel,
 )
-from .selective_scan import selective_scan_fn
+from .selective_scan import causal_conv1d_fn, selective_scan_fn
 
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "PanFoMaForMaskedExpression",
     "PanFoMaModel",
     "PanFoMaPreTrainedModel",
+    "causal_conv1d_fn",
     "selective_scan_fn",
 ]

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_panfoma import PanFoMaConfig
-from .selective_scan import selective_scan_fn
+from .selective_scan import ScanInputs, bidirectional_scan_fn, causal_conv1d_fn
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -48,7 +48,8 @@ class PanFoMaModelOutput(ModelOutput):
     hidden_states
         One (batch, seq, hidden) for the embeddings and one after each layer.
     attentions
-        One (batch, chunks, heads, chunk + 1, chunk + 1) for each encoder layer; position 0 is [CLS].
+        One (batch, chunks, heads, chunk + 1, chunk + 1) for each encoder layer; position 0 is [CLS]. Where the last
+        of several chunks is shorter, its missing rows and columns are 0.
     """
 
     last_hidden_state: Tensor | None = None
@@ -125,16 +126,6 @@ def split_into_chunks(sequence: Tensor, chunk_size: int) -> Tensor:
 def reorder(sequence: Tensor, order: Tensor) -> Tensor:
     """Take (batch, seq, hidden) in the order of positions (batch, seq)."""
     return sequence.gather(1, order[..., None].to(sequence.device).expand_as(sequence))
-
-
-def reversal_order(lengths: Tensor, seq: int) -> Tensor:
-    """Positions (batch, seq) that reverse each cell's first ``lengths`` entries and leave the pads in place.
-
-    Pads stay last in both directions, so they reach neither the convolution nor the state of a real gene (ours).
-    The order is its own inverse.
-    """
-    positions = torch.arange(seq, device=lengths.device)[None]
-    return torch.where(positions < lengths[:, None], lengths[:, None] - 1 - positions, positions)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,18 +254,47 @@ class PanFoMaEncoder(nn.Module):
         Gene states (batch, seq, hidden); [CLS] states (batch, chunks, hidden); the gene states after each layer and
         the attentions of each layer where asked for.
         """
-        batch, seq, hidden = embeddings.shape
-        chunks = split_into_chunks(embeddings, self.config.chunk_size)
-        mask = split_into_chunks(attention_mask, self.config.chunk_size)
-        num_chunks = chunks.shape[1]
-        cls = self.cls_token.to(embeddings.dtype).expand(batch, num_chunks, 1, hidden)
+        seq, size = embeddings.shape[1], self.config.chunk_size
+        # Whole chunks together, and the rest at its own length: it is not filled up, and its pads mask nothing else.
+        whole = seq // size * size
+        bounds = [(start, stop) for start, stop in ((0, whole), (whole, seq)) if stop > start] or [(0, 0)]
+        parts = [
+            self._encode_chunks(
+                embeddings[:, start:stop].unflatten(1, (max(1, (stop - start) // size), -1)),
+                attention_mask if attention_mask is None else attention_mask[:, start:stop],
+                output_hidden_states,
+                output_attentions,
+                **kwargs,
+            )
+            for start, stop in bounds
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        genes, cls_states, hidden_states, attentions = zip(*parts, strict=True)
+        missing = size - (seq - whole)
+        return (
+            torch.cat(genes, dim=1),
+            torch.cat(cls_states, dim=1),
+            tuple(torch.cat(states, dim=1) for states in zip(*hidden_states, strict=True)),
+            tuple(
+                torch.cat([full, F.pad(rest, (0, missing, 0, missing))], dim=1)
+                for full, rest in zip(*attentions, strict=True)
+            ),
+        )
+
+    def _encode_chunks(self, chunks, attention_mask, output_hidden_states, output_attentions, **kwargs):
+        """`forward` for chunks (batch, chunks, chunk, hidden) of one length."""
+        batch, num_chunks, _, hidden = chunks.shape
+        cls = self.cls_token.to(chunks.dtype).expand(batch, num_chunks, 1, hidden)
         # Chunks fold into the batch: the one encoder reads them all in parallel.
         hidden_states = torch.cat([cls, chunks], dim=2).flatten(0, 1)
-        mask = F.pad(mask, (1, 0), value=True).flatten(0, 1)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=mask)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask.reshape(len(hidden_states), -1), (1, 0), value=True)
+        # None where there are no pads: attention is faster without a mask.
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
 
         def genes(states: Tensor) -> Tensor:
-            return states.unflatten(0, (batch, num_chunks))[:, :, 1:].flatten(1, 2)[:, :seq]
+            return states.unflatten(0, (batch, num_chunks))[:, :, 1:].flatten(1, 2)
 
         all_hidden_states, all_attentions = (), ()
         layers_per_group = self.config.num_encoder_layers // self.config.num_hidden_groups
@@ -348,25 +368,35 @@ class PanFoMaTimeStepProjection(nn.Module):
         return F.linear(time_step, self.weight), at_least_float32(self.bias)
 
 
+class PanFoMaCausalConv1d(nn.Conv1d):
+    """Mamba's short convolution of each channel by itself, with its activation; the parameters are `nn.Conv1d`'s."""
+
+    def __init__(self, channels: int, width: int, bias: bool, reverse: bool):
+        super().__init__(channels, channels, kernel_size=width, groups=channels, bias=bias)
+        self.reverse = reverse
+
+    def forward(self, inputs: Tensor, lengths: Tensor | None) -> Tensor:
+        """(batch, seq, channels) to (batch, seq, channels); a position sees itself and those read before it."""
+        outputs = causal_conv1d_fn(
+            inputs.transpose(1, 2), self.weight.squeeze(1), self.bias, "silu", lengths=lengths, reverse=self.reverse
+        )
+        return outputs.transpose(1, 2)
+
+
 class PanFoMaMambaMixer(nn.Module):
     """One direction of Mamba (S6), with the parameter names of Transformers' Mamba.
+
+    It prepares a scan; `PanFoMaDecoderLayer` runs those of both directions at once, and then `out_proj`.
 
     Source: Gu and Dao, arXiv 2312.00752, figure 3 and algorithm 2.
     """
 
-    def __init__(self, config: PanFoMaConfig):
+    def __init__(self, config: PanFoMaConfig, reverse: bool):
         super().__init__()
         self.config = config
         channels, states = config.mamba_intermediate_size, config.state_size
         self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.use_bias)
-        self.conv1d = nn.Conv1d(
-            channels,
-            channels,
-            kernel_size=config.conv_kernel,
-            groups=channels,
-            padding=config.conv_kernel - 1,
-            bias=config.use_conv_bias,
-        )
+        self.conv1d = PanFoMaCausalConv1d(channels, config.conv_kernel, config.use_conv_bias, reverse)
         self.x_proj = nn.Linear(channels, config.time_step_rank + 2 * states, bias=False)
         self.dt_proj = PanFoMaTimeStepProjection(config.time_step_rank, channels)
         self.A_log = nn.Parameter(torch.empty(channels, states, dtype=torch.float32))
@@ -388,26 +418,23 @@ class PanFoMaMambaMixer(nn.Module):
         steps = (uniform * (high - low) + low).exp().clamp(min=config.time_step_floor)
         init.copy_(self.dt_proj.bias, steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(batch, seq, hidden) to (batch, seq, hidden); a position sees itself and those before it."""
-        seq = hidden_states.shape[1]
-        inputs, gate = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
-        inputs = F.silu(self.conv1d(inputs)[..., :seq])
+    def forward(self, hidden_states: Tensor, lengths: Tensor | None) -> ScanInputs:
+        """What the scan reads, from (batch, seq, hidden) of which the first ``lengths`` (batch,) genes are real."""
+        inputs, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        inputs = self.conv1d(inputs, lengths)
         rank, states = self.config.time_step_rank, self.config.state_size
-        time_step, B, C = self.x_proj(inputs.transpose(1, 2)).split([rank, states, states], dim=-1)
+        time_step, B, C = self.x_proj(inputs).split([rank, states, states], dim=-1)
         delta, delta_bias = self.dt_proj(time_step)
-        scanned = selective_scan_fn(
-            inputs,
-            delta.transpose(1, 2),
-            -torch.exp(at_least_float32(self.A_log)),
-            B.transpose(1, 2),
-            C.transpose(1, 2),
-            at_least_float32(self.D),
-            z=gate,
+        return ScanInputs(
+            u=inputs.transpose(1, 2),
+            delta=delta.transpose(1, 2),
+            A=-torch.exp(at_least_float32(self.A_log)),
+            B=B.transpose(1, 2),
+            C=C.transpose(1, 2),
+            D=at_least_float32(self.D),
+            z=gate.transpose(1, 2),
             delta_bias=delta_bias,
-            delta_softplus=True,
         )
-        return self.out_proj(scanned.transpose(1, 2))
 
 
 class PanFoMaDecoderLayer(GradientCheckpointingLayer):
@@ -416,18 +443,29 @@ class PanFoMaDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PanFoMaConfig):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.forward_mamba = PanFoMaMambaMixer(config)
-        self.backward_mamba = PanFoMaMambaMixer(config)
+        self.forward_mamba = PanFoMaMambaMixer(config, reverse=False)
+        self.backward_mamba = PanFoMaMambaMixer(config, reverse=True)
         self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, reversal: Tensor) -> Tensor:
-        """(batch, seq, hidden) sorted genes with pads last; ``reversal`` comes from `reversal_order`."""
+    def forward(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
+        """(batch, seq, hidden) sorted genes, the first ``lengths`` (batch,) of them real, the pads last.
+
+        Both directions end at a cell's own last gene, so pads reach neither the convolution nor the state of a real
+        gene (ours).
+        """
         normed = self.norm(hidden_states)
-        forward = self.forward_mamba(normed)
-        backward = reorder(self.backward_mamba(reorder(normed, reversal)), reversal)
+        forward, backward = bidirectional_scan_fn(
+            self.forward_mamba(normed, lengths),
+            self.backward_mamba(normed, lengths),
+            delta_softplus=True,
+            lengths=lengths,
+        )
+        forward = self.forward_mamba.out_proj(forward.transpose(1, 2))
+        backward = self.backward_mamba.out_proj(backward.transpose(1, 2))
         gate = torch.sigmoid(self.gate_proj(normed))
-        return hidden_states + self.dropout(gate * forward + (1 - gate) * backward)
+        # g * forward + (1 - g) * backward
+        return hidden_states + self.dropout(torch.lerp(backward, forward, gate))
 
 
 def cell_embedding(gene_states: Tensor, cell_state: Tensor, attention_mask: Tensor) -> Tensor:
@@ -583,10 +621,10 @@ class PanFoMaModel(PanFoMaPreTrainedModel):
         position_of_gene = order.argsort(dim=-1)  # the inverse permutation: unsorts
 
         sorted_states = reorder(gene_states, order)
-        reversal = reversal_order(attention_mask.sum(-1), sorted_states.shape[1])
+        lengths = attention_mask.sum(-1)
         decoded = ()
         for layer in self.decoder_layers:
-            sorted_states = layer(sorted_states, reversal)
+            sorted_states = layer(sorted_states, lengths)
             decoded += (sorted_states,)
         last_hidden_state = reorder(self.final_norm(sorted_states), position_of_gene)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The PanFoMa-HF authors. Licensed under the Apache License, Version 2.0.
-"""The selective scan of Mamba (S6): one operator, one signature, several bodies.
+"""The selective scan of Mamba (S6) and its short convolution: one signature each, several bodies.
 
 Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
 arXiv 2312.00752, equations 1a-2b and algorithm 2. Per channel, with a state of size N:
@@ -7,23 +7,48 @@ arXiv 2312.00752, equations 1a-2b and algorithm 2. Per channel, with a state of 
     state[t] = exp(delta[t] A) * state[t-1] + delta[t] B[t] u[t]
     y[t]     = <C[t], state[t]> + D u[t]
 
-Bodies: "reference" is plain PyTorch and runs wherever torch runs; "mamba_ssm" is the kernel of the
-mamba-ssm package, taken by itself when that package is installed and the tensors are on CUDA.
+==========  ===========================================  ==============================================
+body        taken by itself                              where it lies
+==========  ===========================================  ==============================================
+reference   where no other is                            `reference_kernels`: plain PyTorch
+numba       on a CPU, below float64                      `numba_kernels`: compiled at first use
+triton      on CUDA, below float64                       `triton_kernels`: compiled at first use
+mamba_ssm   on CUDA, where installed or fetched from     the package mamba-ssm, or the kernels hub with
+            the kernels hub; the scan alone              `from_pretrained(..., use_kernels=True)`
+==========  ===========================================  ==============================================
+
+Beyond mamba-ssm's signature all of them take each cell's own length, and a direction: backwards, a cell is read from
+its own last step to its first, without a copy of it turned round.
 """
 
 import functools
 import hashlib
+import importlib.util
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
+
+from .reference_kernels import causal_conv1d_reference, selective_scan_reference
 
 
-# Steps of a block: the states before each block are all that a forward pass keeps.
-_BLOCK_STEPS = 64
-# Elements of (steps, cells, channels, states) at a time. On a CPU 2**20 floats are 4 MiB, so that the few tensors of a
-# block stay in the cache (docs/log.md); elsewhere only memory bounds them.
-_BLOCK_ELEMENTS = {"cpu": 2**20, "other": 2**25}
+logger = logging.get_logger(__name__)
+
+BACKENDS = ("reference", "numba", "triton", "mamba_ssm")
+
+
+class ScanInputs(NamedTuple):
+    """What one direction of a scan reads; shapes as in `selective_scan_fn`."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    z: Tensor | None = None
+    delta_bias: Tensor | None = None
 
 
 def selective_scan_fn(
@@ -38,9 +63,13 @@ def selective_scan_fn(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan a sequence with an input-dependent linear recurrence, in mamba-ssm's layout.
+
+    Nothing is copied if channels are neighbours in memory, as in the transpose of (batch, seq, channels).
 
     Parameters
     ----------
@@ -62,8 +91,12 @@ def selective_scan_fn(
         Whether to apply softplus to ``delta + delta_bias``.
     return_last_state
         Whether to return the state after the last step too.
+    lengths
+        (batch,) integers; steps at and beyond a cell's length are not read, and 0 is returned for them.
+    reverse
+        Whether to scan from each cell's own last step to its first.
     backend
-        "reference", "mamba_ssm", or None for the fastest one that fits.
+        One of ``BACKENDS``, or None for the fastest one that fits.
 
     Returns
     -------
@@ -73,36 +106,120 @@ def selective_scan_fn(
     Raises
     ------
     ValueError
-        If a shape does not fit or the backend is not known.
+        If a shape does not fit, or the backend is not known or does not fit.
     ImportError
-        If mamba-ssm is asked for and not installed.
+        If a backend is asked for and not installed.
     """
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias)
-    body = _choose_body(backend, u.device)
-    return body(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-
-
-def selective_scan_reference(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
-):
-    """The plain PyTorch body of `selective_scan_fn`; the twin that every other body is tested against."""
-    state_dtype = torch.promote_types(u.dtype, torch.float32)
-    u_wide, delta, A, B, C = (tensor.to(state_dtype) for tensor in (u, delta, A, B, C))
-    # Contiguous, as torch 2.13 gives softplus's backward other strides when it traces than when it runs.
-    delta = delta.contiguous()
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(state_dtype)[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
-
-    y, last_state, _ = _scan_op(u_wide, delta, A, B, C)
-
-    if D is not None:
-        y = y + u_wide * D.to(state_dtype)[:, None]
-    if z is not None:
-        y = y * F.silu(z.to(state_dtype))
-    y = y.to(u.dtype)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    ((y, last_state),) = _scan_directions([inputs], lengths, [reverse], delta_softplus, return_last_state, backend)
     return (y, last_state) if return_last_state else y
+
+
+def bidirectional_scan_fn(
+    forward: ScanInputs,
+    backward: ScanInputs,
+    delta_softplus: bool = False,
+    *,
+    lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan with one set of inputs forward and with another backward, together.
+
+    Parameters
+    ----------
+    forward, backward
+        Inputs of either direction, of the same shapes and at the same positions: nothing is turned round.
+    delta_softplus, lengths, backend
+        As in `selective_scan_fn`.
+
+    Returns
+    -------
+    Two tensors (batch, channels, seq), as `selective_scan_fn` returns them for ``reverse`` False and True.
+
+    Raises
+    ------
+    ValueError, ImportError
+        As `selective_scan_fn`.
+    """
+    (y_forward, _), (y_backward, _) = _scan_directions(
+        [forward, backward], lengths, [False, True], delta_softplus, False, backend
+    )
+    return y_forward, y_backward
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve each channel with its last few steps, in the layout of the package causal-conv1d.
+
+    Parameters
+    ----------
+    x
+        (batch, channels, seq).
+    weight
+        (channels, width), the last column for the step itself.
+    bias
+        (channels,).
+    activation
+        None or "silu".
+    lengths, reverse
+        As in `selective_scan_fn`; backwards, the last steps are those that follow.
+    backend
+        As in `selective_scan_fn`; for "mamba_ssm", which has no convolution, what would be taken by itself.
+
+    Returns
+    -------
+    (batch, channels, seq) in the dtype of ``x``, 0 beyond a cell's length.
+
+    Raises
+    ------
+    ValueError
+        If a shape or the activation does not fit, or the backend is not known or does not fit.
+    ImportError
+        If a backend is asked for and not installed.
+    """
+    if x.ndim != 3 or weight.ndim != 2:
+        raise ValueError(
+            f"`x` must be (batch, channels, seq) and `weight` (channels, width), got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}. Transpose or reshape them."
+        )
+    batch, channels, _ = x.shape
+    _check_shape("weight", weight, (channels, weight.shape[1]), f"x {tuple(x.shape)}")
+    _check_shape("bias", bias, (channels,), f"x {tuple(x.shape)}")
+    _check_shape("lengths", lengths, (batch,), f"x {tuple(x.shape)}")
+    _check_devices({"x": x, "weight": weight, "bias": bias})
+    if activation not in (None, "silu"):
+        raise ValueError(f"`activation` must be None or 'silu', got {activation!r}. Apply another one afterwards.")
+    chosen = _choose_backend(None if backend == "mamba_ssm" else backend, x, scan=False)
+    if chosen == "reference":
+        (x,) = _turn([x], lengths, reverse)
+        (y,) = _turn([causal_conv1d_reference(x, weight, bias, activation)], lengths, reverse)
+        return y if lengths is None else y.masked_fill(~_real_steps(lengths, y.shape[-1])[:, None], 0)
+    y = _conv_op(
+        [x.transpose(1, 2)], [weight], [] if bias is None else [bias], lengths, [reverse], activation == "silu", chosen
+    )
+    return y[0].transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Choice of a body
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Looked up once, as torch.compile cannot follow the search.
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_REMEDIES = {
+    "numba": ("numba", "pip install numba"),
+    "triton": ("triton", "pip install triton"),
+    "mamba_ssm": ("mamba-ssm", "pip install panfoma-hf[cuda]"),
+}
 
 
 @functools.cache
@@ -115,6 +232,68 @@ def _mamba_ssm_scan():
     return kernel
 
 
+def _is_installed(backend: str) -> bool:
+    if backend == "mamba_ssm":
+        return _mamba_ssm_scan() is not None
+    return {"reference": True, "numba": _HAS_NUMBA, "triton": _HAS_TRITON}[backend]
+
+
+def _choose_backend(backend: str | None, tensor: Tensor, scan: bool = True) -> str:
+    """Name of the body for a tensor, after checks of one that was asked for."""
+    device, is_double = tensor.device.type, tensor.dtype == torch.float64
+    if backend is None:
+        return _fastest_backend(device, is_double, scan)
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)} or None, got {backend!r}. Leave it out.")
+    if not _is_installed(backend):
+        package, remedy = _REMEDIES[backend]
+        raise ImportError(
+            f"The backend {backend!r} needs the package {package}, which cannot be imported here. "
+            f"Install it with `{remedy}`, or leave `backend` out."
+        )
+    wanted = {"numba": "cpu", "mamba_ssm": "cuda", "triton": "cuda"}.get(backend, device)
+    if device != wanted and not (backend == "triton" and _interprets_triton()):
+        raise ValueError(
+            f"The backend {backend!r} runs on {wanted.upper()} tensors, got {device}. "
+            "Move them, or leave `backend` out."
+        )
+    if is_double and backend != "reference":
+        raise ValueError(f"The backend {backend!r} computes in float32, got float64. Take 'reference', or cast.")
+    return backend
+
+
+def _fastest_backend(device: str, is_double: bool, scan: bool) -> str:
+    if is_double:
+        return "reference"
+    if device == "cpu" and _HAS_NUMBA:
+        return "numba"
+    if device == "cuda":
+        # Not yet measured against each other (docs/performance.md): whoever installed mamba-ssm wants it.
+        if scan and _mamba_ssm_scan() is not None:
+            return "mamba_ssm"
+        if _HAS_TRITON:
+            return "triton"
+    if device != "meta" and not torch.compiler.is_compiling():
+        package = {"cpu": "numba", "cuda": "triton"}.get(device)
+        remedy = f"`pip install {package}` brings a fast one." if package else f"There is no fast one for {device}."
+        logger.warning_once(f"The selective scan runs in plain PyTorch, which is correct and slow. {remedy}")
+    return "reference"
+
+
+def _interprets_triton() -> bool:
+    """Whether Triton's kernels are run by its interpreter, as tests on a CPU do."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
+    return knobs.runtime.interpret
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bodies with the signature of mamba-ssm
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def selective_scan_mamba_ssm(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
 ):
@@ -125,29 +304,89 @@ def selective_scan_mamba_ssm(
     return _mamba_ssm_scan()(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
-_BODIES = {"reference": selective_scan_reference, "mamba_ssm": selective_scan_mamba_ssm}
+_PLAIN_BODIES = {"reference": selective_scan_reference, "mamba_ssm": selective_scan_mamba_ssm}
 
 
-def _choose_body(backend: str | None, device: torch.device):
-    if backend is None:
-        fits = device.type == "cuda" and _mamba_ssm_scan() is not None
-        return _BODIES["mamba_ssm" if fits else "reference"]
-    if backend not in _BODIES:
-        raise ValueError(f"`backend` must be one of {', '.join(_BODIES)} or None, got {backend!r}. Leave it out.")
-    if backend == "mamba_ssm":
-        if _mamba_ssm_scan() is None:
-            raise ImportError(
-                "The backend 'mamba_ssm' needs the package mamba-ssm, which cannot be imported here. "
-                "Install it with `pip install panfoma-hf[cuda]`, or leave `backend` out."
-            )
-        if device.type != "cuda":
-            raise ValueError(
-                f"The backend 'mamba_ssm' runs on CUDA tensors, got {device.type}. Move them, or leave `backend` out."
-            )
-    return _BODIES[backend]
+def _real_steps(lengths: Tensor, seq: int) -> Tensor:
+    """(batch, seq), true before each cell's length."""
+    return torch.arange(seq, device=lengths.device) < lengths[:, None]
 
 
-def _check_shapes(u, delta, A, B, C, D, z, delta_bias):
+def _turn(tensors: list[Tensor | None], lengths: Tensor | None, reverse: bool) -> list[Tensor | None]:
+    """Turn each cell's first ``lengths`` steps round where ``reverse``, the others staying in place; its own inverse."""
+    if not reverse:
+        return tensors
+    if lengths is None:
+        return [None if tensor is None else tensor.flip(-1) for tensor in tensors]
+    steps = torch.arange(tensors[0].shape[-1], device=lengths.device)
+    order = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)[:, None].to(tensors[0].device)
+    return [None if tensor is None else tensor.gather(-1, order.expand_as(tensor)) for tensor in tensors]
+
+
+def _scan_with_plain_body(body, inputs: ScanInputs, lengths, reverse, delta_softplus, return_last_state):
+    """Own lengths and directions around a body that knows of neither."""
+    u, delta, B, C, z = _turn([inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z], lengths, reverse)
+    if lengths is not None:
+        # Steps of size 0 leave the state as it is; softplus makes one of a bias of any ordinary size.
+        real = _real_steps(lengths.to(u.device), u.shape[-1])[:, None]
+        bias = 0 if inputs.delta_bias is None else inputs.delta_bias.to(delta.dtype)[:, None]
+        delta = torch.where(real, delta, torch.full_like(delta, -1e4) if delta_softplus else -bias)
+        u = u.masked_fill(~real, 0)
+    result = body(u, delta, inputs.A, B, C, inputs.D, z, inputs.delta_bias, delta_softplus, return_last_state)
+    y, last_state = result if return_last_state else (result, None)
+    (y,) = _turn([y], lengths, reverse)
+    return (y if lengths is None else y.masked_fill(~real, 0)), last_state
+
+
+def _scan_directions(directions: list[ScanInputs], lengths, reverse, delta_softplus, return_last_state, backend):
+    """Output and, where asked for, last state of each direction."""
+    for inputs in directions:
+        _check_scan_shapes(*inputs, lengths)
+        _check_devices(inputs._asdict())
+    if directions[-1].u.shape != directions[0].u.shape or directions[-1].A.shape != directions[0].A.shape:
+        raise ValueError(
+            f"Both directions must have the same shapes, got u {tuple(directions[0].u.shape)} and "
+            f"{tuple(directions[-1].u.shape)}, A {tuple(directions[0].A.shape)} and {tuple(directions[-1].A.shape)}. "
+            "Scan them one by one with `selective_scan_fn`."
+        )
+    backend = _choose_backend(backend, directions[0].u)
+    if backend in _PLAIN_BODIES:
+        body = _PLAIN_BODIES[backend]
+        return [
+            _scan_with_plain_body(body, inputs, lengths, backwards, delta_softplus, return_last_state)
+            for inputs, backwards in zip(directions, reverse, strict=True)
+        ]
+    # Channels last, as the kernels read them.
+    inputs = ScanInputs(
+        *([tensor for tensor in tensors if tensor is not None] for tensors in zip(*directions, strict=True))
+    )
+    u, delta, B, C, z = (
+        [tensor.transpose(1, 2) for tensor in tensors]
+        for tensors in (inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z)
+    )
+    needs_backward = torch.is_grad_enabled() and any(t.requires_grad for tensors in inputs for t in tensors)
+    y, last_state, _ = _scan_op(
+        *(u, delta, inputs.A, B, C, inputs.D, z, inputs.delta_bias),
+        *(lengths, list(reverse), delta_softplus, needs_backward, backend),
+    )
+    return [(y[k].transpose(1, 2), last_state[k].transpose(1, 2)) for k in range(len(directions))]
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], given: str):
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"`{name}` must have shape {shape} for {given}, got {tuple(tensor.shape)}. Transpose or reshape it."
+        )
+
+
+def _check_devices(tensors: dict[str, Tensor | None]):
+    """Kernels are given addresses, so nobody else would notice."""
+    devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"All tensors must be on one device, got {devices}. Move them with `.to(device)`.")
+
+
+def _check_scan_shapes(u, delta, A, B, C, D, z, delta_bias, lengths):
     if u.ndim != 3 or A.ndim != 2:
         raise ValueError(
             f"`u` must be (batch, channels, seq) and `A` (channels, states), got {tuple(u.shape)} and "
@@ -162,20 +401,17 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias):
         "D": (D, (channels,)),
         "z": (z, (batch, channels, seq)),
         "delta_bias": (delta_bias, (channels,)),
+        "lengths": (lengths, (batch,)),
     }
     for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"`{name}` must have shape {shape} for u {tuple(u.shape)} and A {tuple(A.shape)}, "
-                f"got {tuple(tensor.shape)}. Transpose or reshape it."
-            )
+        _check_shape(name, tensor, shape, f"u {tuple(u.shape)} and A {tuple(A.shape)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The reference body's core. Autograd through a loop over the sequence would keep every step's tensors and call a dozen
-# operators a step. Here one block of steps is vectorised at a time, the loop itself is one multiply-add a step, only
-# the states between blocks are kept, and the backward pass recomputes a block from the state before it. It is a custom
-# operator so that torch.compile takes it whole instead of unrolling thousands of steps.
+# Custom operators around the fused kernels, so that autograd and torch.compile take each of them whole.
+#
+# Lists hold one tensor for each direction, and none where it was not given. Sequences are (batch, seq, channels), B and
+# C (batch, seq, states).
 # ----------------------------------------------------------------------------------------------------------------------
 
 # The same file may be loaded twice in a process, from the package and from a checkpoint: each needs a name of its own,
@@ -183,138 +419,205 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias):
 _NAMESPACE = "panfoma_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
 
 
-def _tiles(u: Tensor, A: Tensor) -> range:
-    """Starts of the groups of cells that are scanned together; the range's step is their size."""
-    elements = _BLOCK_ELEMENTS["cpu" if u.device.type == "cpu" else "other"]
-    size = max(1, elements // max(1, _BLOCK_STEPS * A.numel()))
-    return range(0, u.shape[0], size)
+class _Kernels(NamedTuple):
+    scan_forward: callable
+    scan_backward: callable
+    boundaries_shape: callable
+    conv_forward: callable
+    conv_backward: callable
 
 
-def _num_blocks(seq: int) -> int:
-    return -(-seq // _BLOCK_STEPS)
+@functools.cache
+def _kernels(backend: str) -> _Kernels:
+    """Compiled bodies are imported when first used: Numba takes half a second."""
+    if backend == "numba":
+        from .numba_kernels import boundaries_shape, conv_backward, conv_forward, scan_backward, scan_forward
+    else:
+        from .triton_kernels import boundaries_shape, conv_backward, conv_forward, scan_backward, scan_forward
+    return _Kernels(scan_forward, scan_backward, boundaries_shape, conv_forward, conv_backward)
 
 
-def _steps_first(*tensors: Tensor) -> list[Tensor]:
-    """(batch, any, seq) to contiguous (seq, batch, any), so that a step and a block are slices without strides."""
-    return [tensor.permute(2, 0, 1).contiguous() for tensor in tensors]
-
-
-def _block_terms(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Decay and input of each step of a block, both (steps, batch, channels, states)."""
-    decay = (delta[..., None] * A).exp_()
-    inputs = (delta * u)[..., None] * B[:, :, None]
-    return decay, inputs
-
-
-def _block_states(decay: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
-    """States after each step of a block, (steps, batch, channels, states); takes the memory of ``inputs``."""
-    for step in range(decay.shape[0]):
-        state = inputs[step].addcmul_(decay[step], state)
-    return inputs
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::scan", mutates_args=())
-def _scan_op(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence alone: outputs, the last state, and the states (blocks, batch, channels, states) before blocks."""
-    batch, channels, seq = u.shape
-    y = u.new_empty(batch, channels, seq)
-    last_state = u.new_zeros(batch, channels, A.shape[1])
-    boundaries = u.new_empty(_num_blocks(seq), *last_state.shape)
-    tiles = _tiles(u, A)
-    for start in tiles:
-        cells = slice(start, start + tiles.step)
-        _scan_tile(u[cells], delta[cells], A, B[cells], C[cells], y[cells], last_state[cells], boundaries[:, cells])
-    return y, last_state, boundaries
-
-
-def _scan_tile(u, delta, A, B, C, y, state, boundaries):
-    """Scan some cells, writing into the last three arguments; ``state`` starts as zeros."""
-    u, delta, B, C = _steps_first(u, delta, B, C)
-    outputs = torch.empty_like(u)
-    for index in range(len(boundaries)):
-        boundaries[index] = state
-        block = slice(index * _BLOCK_STEPS, (index + 1) * _BLOCK_STEPS)
-        states = _block_states(*_block_terms(u[block], delta[block], A, B[block]), state)
-        outputs[block] = (states @ C[block, ..., None]).squeeze(-1)
-        state.copy_(states[-1])
-    y.copy_(outputs.permute(1, 2, 0))
-
-
-@_scan_op.register_fake
-def _(u, delta, A, B, C):
-    batch, channels, seq = u.shape
-    states = A.shape[1]
-    return (
-        u.new_empty(batch, channels, seq),
-        u.new_empty(batch, channels, states),
-        u.new_empty(_num_blocks(seq), batch, channels, states),
+@torch.library.custom_op(f"{_NAMESPACE}::fused_scan", mutates_args=())
+def _scan_op(
+    u: list[Tensor],
+    delta: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    C: list[Tensor],
+    D: list[Tensor],
+    z: list[Tensor],
+    delta_bias: list[Tensor],
+    lengths: Tensor | None,
+    reverse: list[bool],
+    delta_softplus: bool,
+    keep_boundaries: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs (directions, batch, seq, channels), last states (directions, batch, states, channels), and the states
+    before blocks of steps that the backward pass starts from.
+    """  # noqa: D205
+    return _kernels(backend).scan_forward(
+        u, delta, A, B, C, D, z, delta_bias, lengths, reverse, delta_softplus, keep_boundaries
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::scan_backward", mutates_args=())
+@_scan_op.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, lengths, reverse, delta_softplus, keep_boundaries, backend):
+    (batch, seq, channels), states, directions = u[0].shape, A[0].shape[1], len(u)
+    shape = _kernels(backend).boundaries_shape(directions, batch, seq, channels, states, keep_boundaries)
+    return (
+        u[0].new_empty(directions, batch, seq, channels),
+        u[0].new_empty(directions, batch, states, channels, dtype=torch.float32),
+        u[0].new_empty(shape, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::fused_scan_backward", mutates_args=())
 def _scan_backward_op(
-    grad_y: Tensor, grad_state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, boundaries: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B and C."""
-    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (u, delta, B, C)]
-    grad_A = torch.zeros_like(A)
-    tiles = _tiles(u, A)
-    for start in tiles:
-        cells = slice(start, start + tiles.step)
-        *tile_grads, tile_grad_A = _scan_tile_backward(
-            grad_y[cells], grad_state[cells], u[cells], delta[cells], A, B[cells], C[cells], boundaries[:, cells]
-        )
-        grad_A += tile_grad_A
-        for grad, tile_grad in zip(grads, tile_grads, strict=True):
-            grad[cells] = tile_grad.permute(1, 2, 0)
-    grad_u, grad_delta, grad_B, grad_C = grads
-    return grad_u, grad_delta, grad_A, grad_B, grad_C
+    grad_y: Tensor,
+    grad_last_state: Tensor,
+    u: list[Tensor],
+    delta: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    C: list[Tensor],
+    D: list[Tensor],
+    z: list[Tensor],
+    delta_bias: list[Tensor],
+    lengths: Tensor | None,
+    reverse: list[bool],
+    delta_softplus: bool,
+    boundaries: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients in the order of the lists, direction by direction within each."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    gradients = _kernels(backend).scan_backward(
+        grad_y, grad_last_state, *inputs, lengths, reverse, delta_softplus, boundaries
+    )
+    return _as_given(inputs, gradients)
 
 
-def _scan_tile_backward(grad_y, grad_state, u, delta, A, B, C, boundaries):
-    """Gradients of u, delta, B and C, steps first, and of A; walks the blocks from the last to the first."""
-    u, delta, B, C, grad_y = _steps_first(u, delta, B, C, grad_y)
-    grad_u, grad_delta, grad_B, grad_C = (torch.empty_like(tensor) for tensor in (u, delta, B, C))
-    grad_A = torch.zeros_like(A)
-    # Gradient that reaches the state after a block from the steps behind it.
-    carried = grad_state
-    for index in reversed(range(len(boundaries))):
-        block = slice(index * _BLOCK_STEPS, (index + 1) * _BLOCK_STEPS)
-        decay, inputs = _block_terms(u[block], delta[block], A, B[block])
-        states = _block_states(decay, inputs, boundaries[index])
+def _as_given(inputs: tuple[list[Tensor], ...], gradients: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Gradients by direction to gradients by input, contiguous and in the inputs' dtypes."""
+    by_input = zip(*gradients, strict=True)
+    return [
+        gradient.to(tensor.dtype).contiguous()
+        for tensors, of_input in zip(inputs, by_input, strict=True)
+        for tensor, gradient in zip(tensors, of_input, strict=False)  # none where the tensor was not given
+    ]
 
-        grad_C[block] = (grad_y[block, :, None] @ states).squeeze(2)
-        grad_states = grad_y[block, ..., None] * C[block, :, None]
-        grad_states[-1] += carried
-        for step in reversed(range(decay.shape[0] - 1)):
-            grad_states[step].addcmul_(decay[step + 1], grad_states[step + 1])
-        carried = decay[0] * grad_states[0]
 
-        grad_B[block] = ((delta[block] * u[block])[:, :, None] @ grad_states).squeeze(2)
-        grad_input = (grad_states @ B[block, ..., None]).squeeze(-1)  # of delta * u
-        # Gradient of the exponent delta * A: each step's decay multiplied the state before it.
-        grad_exponent = decay.mul_(grad_states)
-        grad_exponent[0] *= boundaries[index]
-        grad_exponent[1:] *= states[:-1]
-        grad_A += (grad_exponent * delta[block, ..., None]).sum((0, 1))
-        grad_delta[block] = grad_exponent.mul_(A).sum(-1).addcmul_(grad_input, u[block])
-        grad_u[block] = grad_input * delta[block]
-    return grad_u, grad_delta, grad_B, grad_C, grad_A
+def _empty_gradients(*inputs: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for tensors in inputs for t in tensors]
+
+
+def _split_like(inputs: tuple[list[Tensor], ...], gradients: list[Tensor]) -> list[list[Tensor]]:
+    remaining = iter(gradients)
+    return [[next(remaining) for _ in tensors] for tensors in inputs]
 
 
 @_scan_backward_op.register_fake
-def _(grad_y, grad_state, u, delta, A, B, C, boundaries):
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (u, delta, A, B, C))
+def _(
+    grad_y,
+    grad_last_state,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    lengths,
+    reverse,
+    delta_softplus,
+    boundaries,
+    backend,
+):
+    return _empty_gradients(u, delta, A, B, C, D, z, delta_bias)
 
 
-def _save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[2])
+def _save_tensors(ctx, lists: tuple[list[Tensor], ...], *others: Tensor | None):
+    ctx.sizes = [len(tensors) for tensors in lists]
+    ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors), *others)
 
 
-def _scan_backward(ctx, grad_y, grad_state, _):
-    return _scan_backward_op(grad_y, grad_state, *ctx.saved_tensors)
+def _saved_tensors(ctx) -> tuple[list[list[Tensor]], list[Tensor | None]]:
+    saved = iter(ctx.saved_tensors)
+    return [[next(saved) for _ in range(size)] for size in ctx.sizes], list(saved)
 
 
-_scan_op.register_autograd(_scan_backward, setup_context=_save_for_backward)
+def _save_for_scan_backward(ctx, inputs, output):
+    *lists, lengths, reverse, delta_softplus, _, backend = inputs
+    _save_tensors(ctx, lists, lengths, output[2])
+    ctx.options = reverse, delta_softplus, backend
 
-__all__ = ["selective_scan_fn", "selective_scan_mamba_ssm", "selective_scan_reference"]
+
+def _scan_backward(ctx, grad_y, grad_last_state, _):
+    lists, (lengths, boundaries) = _saved_tensors(ctx)
+    reverse, delta_softplus, backend = ctx.options
+    gradients = _scan_backward_op(
+        grad_y, grad_last_state, *lists, lengths, reverse, delta_softplus, boundaries, backend
+    )
+    return *_split_like(lists, gradients), None, None, None, None, None
+
+
+_scan_op.register_autograd(_scan_backward, setup_context=_save_for_scan_backward)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::fused_conv", mutates_args=())
+def _conv_op(
+    x: list[Tensor],
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lengths: Tensor | None,
+    reverse: list[bool],
+    silu: bool,
+    backend: str,
+) -> Tensor:
+    """Outputs (directions, batch, seq, channels)."""
+    return _kernels(backend).conv_forward(x, weight, bias, lengths, reverse, silu)
+
+
+@_conv_op.register_fake
+def _(x, weight, bias, lengths, reverse, silu, backend):
+    return x[0].new_empty(len(x), *x[0].shape)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::fused_conv_backward", mutates_args=())
+def _conv_backward_op(
+    grad_y: Tensor,
+    x: list[Tensor],
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lengths: Tensor | None,
+    reverse: list[bool],
+    silu: bool,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients in the order of the lists, direction by direction within each."""
+    gradients = _kernels(backend).conv_backward(grad_y, x, weight, bias, lengths, reverse, silu)
+    return _as_given((x, weight, bias), gradients)
+
+
+@_conv_backward_op.register_fake
+def _(grad_y, x, weight, bias, lengths, reverse, silu, backend):
+    return _empty_gradients(x, weight, bias)
+
+
+def _save_for_conv_backward(ctx, inputs, output):
+    *lists, lengths, reverse, silu, backend = inputs
+    _save_tensors(ctx, lists, lengths)
+    ctx.options = reverse, silu, backend
+
+
+def _conv_backward(ctx, grad_y):
+    lists, (lengths,) = _saved_tensors(ctx)
+    gradients = _conv_backward_op(grad_y, *lists, lengths, *ctx.options)
+    return *_split_like(lists, gradients), None, None, None, None
+
+
+_conv_op.register_autograd(_conv_backward, setup_context=_save_for_conv_backward)
+
+__all__ = ["BACKENDS", "ScanInputs", "bidirectional_scan_fn", "causal_conv1d_fn", "selective_scan_fn"]

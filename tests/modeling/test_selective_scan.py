@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from panfoma_hf.modeling import selective_scan
+from panfoma_hf.modeling import reference_kernels as selective_scan
 from panfoma_hf.modeling.selective_scan import selective_scan_fn
 
 

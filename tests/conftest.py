@@ -117,20 +117,24 @@ def baron() -> ad.AnnData:
     return baron_pancreas()[::20].copy()
 
 
-def run_python(code: str, *arguments: str, without_package: bool = False, **environment: str) -> str:
+def run_python(
+    code: str, *arguments: str, without_package: bool = False, without: tuple[str, ...] = (), **environment: str
+) -> str:
     """Run code in a fresh process and return what it printed; raise if it failed.
 
-    ``without_package`` hides panfoma_hf, as on a machine where it is not installed.
+    ``without_package`` hides panfoma_hf and what only it requires, ``without`` other packages, as on a machine where
+    they are not installed.
     """
     if without_package:
-        hide = """
+        without += ("panfoma_hf", "anndata", "datasets", "pandas", "scanpy", "sklearn")
+    if without:
+        hide = f"""
 import sys
 class Hiding:
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, *arguments):
-        hidden = ("panfoma_hf", "anndata", "datasets", "pandas", "scanpy", "sklearn")
-        return None if name.split(".")[0] in hidden else self.finder.find_spec(name, *arguments)
+        return None if name.split(".")[0] in {without} else self.finder.find_spec(name, *arguments)
     def __getattr__(self, name):
         return getattr(self.finder, name)
 sys.meta_path = [Hiding(finder) for finder in sys.meta_path]

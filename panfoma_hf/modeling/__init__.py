@@ -7,7 +7,7 @@ from .modeling_panfoma import (
     PanFoMaModel,
     PanFoMaPreTrainedModel,
 )
-from .selective_scan import causal_conv1d_fn, selective_scan_fn
+from .selective_scan import bidirectional_scan_fn, causal_conv1d_fn, selective_scan_fn, use_scan_backend
 
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "PanFoMaForMaskedExpression",
     "PanFoMaModel",
     "PanFoMaPreTrainedModel",
+    "bidirectional_scan_fn",
     "causal_conv1d_fn",
     "selective_scan_fn",
+    "use_scan_backend",
 ]

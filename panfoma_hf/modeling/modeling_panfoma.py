@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.integrations import use_kernelized_func
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -25,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_panfoma import PanFoMaConfig
-from .selective_scan import ScanInputs, bidirectional_scan_fn, causal_conv1d_fn
+from .selective_scan import ScanInputs, bidirectional_scan_fn, causal_conv1d_fn, hub_selective_scan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -437,6 +438,7 @@ class PanFoMaMambaMixer(nn.Module):
         )
 
 
+@use_kernelized_func(hub_selective_scan)
 class PanFoMaDecoderLayer(GradientCheckpointingLayer):
     """Forward and backward Mamba with separate weights, mixed by a vector gate (gate: paper; per layer: ours)."""
 

@@ -384,7 +384,7 @@ _Scan = namedtuple(
     ["cells", "seq", "channels", "states", "reverse", "softplus", "lengths"]
     + ["u", "delta", "A", "B", "C", "D", "bias", "z", "y", "last_state", "boundaries"],
 )
-# Those of A, D and bias are sums over one cell; those of B and C over a group of channels, (groups * cells, seq, states).
+# Those of A, D and bias are sums over a cell, those of B and C over a group of channels: (groups * cells, seq, states).
 _ScanGradients = namedtuple("_ScanGradients", ["y", "last_state", "u", "delta", "A", "B", "C", "D", "bias", "z"])
 _TILE = BLOCK_STEPS * LANES
 _DELTAS = LANES  # after the sixteen floats for `_read` and `_write`
@@ -893,33 +893,29 @@ def scan_backward(
     """See `selective_scan._scan_backward_op`."""
     (cells, seq, channels), states, directions = u[0].shape, A[0].shape[1], len(u)
     groups = -(-channels // _GROUP_CHANNELS)
-    calls, results, kept = [], [], []
-    for k in range(directions):
-        direction = _ScanTensors(k, u, delta, A, B, C, D, z, delta_bias, lengths, reverse, delta_softplus)
-        grad_u, grad_delta, grad_z = (
-            None if tensor is None else torch.empty(cells, seq, channels, dtype=direction.dtype)
-            for tensor in (direction.u, direction.delta, direction.z)
-        )
-        grad_A = torch.empty(cells, states, channels)
-        grad_D, grad_bias = torch.empty(cells, 1, channels), torch.empty(cells, 1, channels)
-        grad_B, grad_C = (torch.empty(groups * cells, seq, states) for _ in range(2))
-        read = _cast(grad_y[k], direction.dtype), _float(grad_last_state[k])
-        gradients = _ScanGradients(
-            *map(_sequence, (*read, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_z))
-        )
+    inputs = [
+        _ScanTensors(k, u, delta, A, B, C, D, z, delta_bias, lengths, reverse, delta_softplus)
+        for k in range(directions)
+    ]
+    # Cast once and kept until the kernels are done, which know addresses only.
+    grad_y, grad_last_state = _cast(grad_y, inputs[0].dtype), _float(grad_last_state)
+    grad_u, grad_delta, grad_z = (
+        torch.empty(directions, cells, seq, channels, dtype=inputs[0].dtype) for _ in range(3)
+    )
+    grad_A = torch.empty(directions, cells, states, channels)
+    grad_B, grad_C = (torch.empty(directions, groups * cells, seq, states) for _ in range(2))
+    grad_D, grad_bias = (torch.empty(directions, cells, 1, channels) for _ in range(2))
+    written = grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_z
+    calls = []
+    for k, direction in enumerate(inputs):
+        gradients = _ScanGradients(*(_sequence(tensor[k]) for tensor in (grad_y, grad_last_state, *written)))
         calls.append((direction.kind, direction.arguments(boundaries=boundaries[k]), gradients))
-        kept.append((direction, read))  # alive until the kernels are done
-        results.append((grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias))
     vectors = 4 * directions * cells * seq * -(-channels // LANES) * states
     floats = _BACKWARD_TILES + 2 * states * _TILE + 2 * _group_vectors(channels) * (states + 1) * LANES
     _run(_scan_backward, calls, cells * groups, vectors, floats)
-
-    gradients = []
-    for grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias in results:
-        grad_B, grad_C = (sums.view(groups, cells, seq, states).sum(0) for sums in (grad_B, grad_C))
-        grad_A, grad_D, grad_bias = grad_A.sum(0).t(), grad_D.sum((0, 1)), grad_bias.sum((0, 1))
-        gradients.append((grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias))
-    return gradients
+    grad_B, grad_C = (sums.view(directions, groups, cells, seq, states).sum(1) for sums in (grad_B, grad_C))
+    grad_A, grad_D, grad_bias = grad_A.sum(1).transpose(1, 2), grad_D.sum((1, 2)), grad_bias.sum((1, 2))
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias
 
 
 class _ConvTensors:
@@ -956,18 +952,17 @@ def conv_forward(x, weight, bias, lengths, reverse, silu):
 
 def conv_backward(grad_y, x, weight, bias, lengths, reverse, silu):
     """See `selective_scan._conv_backward_op`."""
-    (cells, seq, channels), width = x[0].shape, weight[0].shape[1]
-    calls, results, kept = [], [], []
-    for k in range(len(x)):
-        direction = _ConvTensors(k, x, weight, bias, lengths, reverse, silu)
-        grad_x = torch.empty(cells, seq, channels, dtype=direction.dtype)
-        grad_weight, grad_bias = torch.empty(cells, width, channels), torch.empty(cells, 1, channels)
-        read = _cast(grad_y[k], direction.dtype)
-        gradients = _ConvGradients(*map(_sequence, (read, grad_x, grad_weight, grad_bias)))
+    (cells, seq, channels), width, directions = x[0].shape, weight[0].shape[1], len(x)
+    inputs = [_ConvTensors(k, x, weight, bias, lengths, reverse, silu) for k in range(directions)]
+    grad_y = _cast(grad_y, inputs[0].dtype)
+    grad_x = torch.empty(directions, cells, seq, channels, dtype=inputs[0].dtype)
+    grad_weight = torch.empty(directions, cells, width, channels)
+    grad_bias = torch.empty(directions, cells, 1, channels)
+    calls = []
+    for k, direction in enumerate(inputs):
+        gradients = _ConvGradients(*(_sequence(tensor[k]) for tensor in (grad_y, grad_x, grad_weight, grad_bias)))
         calls.append((direction.kind, direction.arguments(), gradients))
-        kept.append((direction, read))
-        results.append((grad_x, grad_weight, grad_bias))
     floats = (1 + 2 * width + BLOCK_STEPS + width - 1) * LANES
     items = cells * -(-channels // _GROUP_CHANNELS)
-    _run(_conv_backward, calls, items, 4 * len(x) * x[0].numel() // LANES, floats)
-    return [(grad_x, weight.sum(0).t(), bias.sum((0, 1))) for grad_x, weight, bias in results]
+    _run(_conv_backward, calls, items, 4 * grad_x.numel() // LANES, floats)
+    return grad_x, grad_weight.sum(1).transpose(1, 2), grad_bias.sum((1, 2))

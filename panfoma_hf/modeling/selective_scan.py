@@ -21,6 +21,7 @@ Beyond mamba-ssm's signature all of them take each cell's own length, and a dire
 its own last step to its first, without a copy of it turned round.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -28,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.integrations import use_kernel_forward_from_hub
 from transformers.utils import logging
 
 from .reference_kernels import causal_conv1d_reference, selective_scan_reference
@@ -197,6 +199,7 @@ def causal_conv1d_fn(
     _check_devices({"x": x, "weight": weight, "bias": bias})
     if activation not in (None, "silu"):
         raise ValueError(f"`activation` must be None or 'silu', got {activation!r}. Apply another one afterwards.")
+    # mamba-ssm has no convolution.
     chosen = _choose_backend(None if backend == "mamba_ssm" else backend, x, scan=False)
     if chosen == "reference":
         (x,) = _turn([x], lengths, reverse)
@@ -218,18 +221,57 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _REMEDIES = {
     "numba": ("numba", "pip install numba"),
     "triton": ("triton", "pip install triton"),
-    "mamba_ssm": ("mamba-ssm", "pip install panfoma-hf[cuda]"),
+    "mamba_ssm": ("mamba-ssm", "pip install panfoma-hf[cuda]` or load a model with `use_kernels=True"),
 }
 
 
-@functools.cache
+@use_kernel_forward_from_hub("selective_scan_fn")
+def hub_selective_scan(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):
+    """mamba-ssm's kernel from the kernels hub, once a model was loaded with ``use_kernels=True`` on CUDA.
+
+    Transformers turns this function into a module where the package kernels is installed, and then its ``forward`` into
+    the kernel.
+    """
+    raise RuntimeError("The kernel of the kernels hub was not loaded. Load a model with `use_kernels=True` on CUDA.")
+
+
 def _mamba_ssm_scan():
-    """The kernel of mamba-ssm, or None where that package cannot be imported."""
+    """The kernel of mamba-ssm, from the kernels hub or from the package, or None where there is neither."""
+    forward = getattr(hub_selective_scan, "forward", None)
+    if forward is not None and forward.__func__ is not type(hub_selective_scan).forward:
+        return hub_selective_scan
+    return _mamba_ssm_package()
+
+
+@functools.cache
+def _mamba_ssm_package():
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as kernel
     except ImportError:
         return None
     return kernel
+
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def use_scan_backend(backend: str | None):
+    """Take one body wherever none is asked for by name, as in a whole model: for tests and benchmarks.
+
+    Parameters
+    ----------
+    backend
+        One of ``BACKENDS``; None changes nothing. Not safe across threads.
+    """
+    global _forced
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def _is_installed(backend: str) -> bool:
@@ -241,6 +283,8 @@ def _is_installed(backend: str) -> bool:
 def _choose_backend(backend: str | None, tensor: Tensor, scan: bool = True) -> str:
     """Name of the body for a tensor, after checks of one that was asked for."""
     device, is_double = tensor.device.type, tensor.dtype == torch.float64
+    if backend is None and not (_forced == "mamba_ssm" and not scan):
+        backend = _forced
     if backend is None:
         return _fastest_backend(device, is_double, scan)
     if backend not in BACKENDS:
@@ -313,7 +357,7 @@ def _real_steps(lengths: Tensor, seq: int) -> Tensor:
 
 
 def _turn(tensors: list[Tensor | None], lengths: Tensor | None, reverse: bool) -> list[Tensor | None]:
-    """Turn each cell's first ``lengths`` steps round where ``reverse``, the others staying in place; its own inverse."""
+    """Turn each cell's first ``lengths`` steps round where ``reverse``; the others stay in place. Its own inverse."""
     if not reverse:
         return tensors
     if lengths is None:
@@ -343,10 +387,10 @@ def _scan_directions(directions: list[ScanInputs], lengths, reverse, delta_softp
     for inputs in directions:
         _check_scan_shapes(*inputs, lengths)
         _check_devices(inputs._asdict())
-    if directions[-1].u.shape != directions[0].u.shape or directions[-1].A.shape != directions[0].A.shape:
+    kinds = [[tensor is not None and (tensor.shape, tensor.dtype) for tensor in inputs] for inputs in directions]
+    if kinds[-1] != kinds[0]:
         raise ValueError(
-            f"Both directions must have the same shapes, got u {tuple(directions[0].u.shape)} and "
-            f"{tuple(directions[-1].u.shape)}, A {tuple(directions[0].A.shape)} and {tuple(directions[-1].A.shape)}. "
+            f"Both directions must have tensors of the same shapes and dtypes, got {kinds[0]} and {kinds[-1]}. "
             "Scan them one by one with `selective_scan_fn`."
         )
     backend = _choose_backend(backend, directions[0].u)
@@ -490,7 +534,7 @@ def _scan_backward_op(
     boundaries: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    """Gradients in the order of the lists, direction by direction within each."""
+    """Gradients of each list that is not empty, (directions, ...)."""
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     gradients = _kernels(backend).scan_backward(
         grad_y, grad_last_state, *inputs, lengths, reverse, delta_softplus, boundaries
@@ -498,23 +542,20 @@ def _scan_backward_op(
     return _as_given(inputs, gradients)
 
 
-def _as_given(inputs: tuple[list[Tensor], ...], gradients: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Gradients by direction to gradients by input, contiguous and in the inputs' dtypes."""
-    by_input = zip(*gradients, strict=True)
-    return [
-        gradient.to(tensor.dtype).contiguous()
-        for tensors, of_input in zip(inputs, by_input, strict=True)
-        for tensor, gradient in zip(tensors, of_input, strict=False)  # none where the tensor was not given
-    ]
+def _as_given(inputs: tuple[list[Tensor], ...], gradients: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients of the tensors that were given, contiguous and in their dtypes."""
+    pairs = zip(inputs, gradients, strict=True)
+    return [gradient.to(tensors[0].dtype).contiguous() for tensors, gradient in pairs if tensors]
 
 
 def _empty_gradients(*inputs: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for tensors in inputs for t in tensors]
+    return [tensors[0].new_empty(len(tensors), *tensors[0].shape) for tensors in inputs if tensors]
 
 
-def _split_like(inputs: tuple[list[Tensor], ...], gradients: list[Tensor]) -> list[list[Tensor]]:
+def _split_like(inputs: list[list[Tensor]], gradients: list[Tensor]) -> list[list[Tensor]]:
+    """One list for each input, empty where it was not given."""
     remaining = iter(gradients)
-    return [[next(remaining) for _ in tensors] for tensors in inputs]
+    return [list(next(remaining)) if tensors else [] for tensors in inputs]
 
 
 @_scan_backward_op.register_fake
@@ -596,7 +637,7 @@ def _conv_backward_op(
     silu: bool,
     backend: str,
 ) -> list[Tensor]:
-    """Gradients in the order of the lists, direction by direction within each."""
+    """Gradients of each list that is not empty, (directions, ...)."""
     gradients = _kernels(backend).conv_backward(grad_y, x, weight, bias, lengths, reverse, silu)
     return _as_given((x, weight, bias), gradients)
 
@@ -620,4 +661,12 @@ def _conv_backward(ctx, grad_y):
 
 _conv_op.register_autograd(_conv_backward, setup_context=_save_for_conv_backward)
 
-__all__ = ["BACKENDS", "ScanInputs", "bidirectional_scan_fn", "causal_conv1d_fn", "selective_scan_fn"]
+__all__ = [
+    "BACKENDS",
+    "ScanInputs",
+    "bidirectional_scan_fn",
+    "causal_conv1d_fn",
+    "hub_selective_scan",
+    "selective_scan_fn",
+    "use_scan_backend",
+]

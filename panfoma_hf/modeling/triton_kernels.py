@@ -28,8 +28,8 @@ except ImportError as error:
 
 # Steps between the states that are kept. The scratch of the way back holds as many states of every channel.
 BLOCK_STEPS = 32
-# Channels and warps of a program, and steps of the convolution's: chosen by registers and shuffles in the code that is
-# compiled for an H100 (docs/log.md), not yet by time. One warp needs no barrier; wide programs leave fewer partial sums.
+# Channels and warps of a program, and steps of the convolution's: chosen by registers and shuffles in what is
+# compiled for an H100 (docs/log.md), not yet by time. One warp needs no barrier; wide ones leave fewer partial sums.
 _FORWARD = {"CHANNELS": 32, "num_warps": 1}
 _BACKWARD = {"CHANNELS": 64, "num_warps": 2}
 _CONV = {"CHANNELS": 64, "STEPS": 16, "num_warps": 4}
@@ -600,8 +600,7 @@ def scan_backward(
                 SOFTPLUS=delta_softplus,
             )
     grad_A, grad_B, grad_C = grad_A.sum(1).transpose(1, 2), grad_B.sum(0), grad_C.sum(0)
-    by_input = grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1), grad_z, grad_bias.sum(1)
-    return list(zip(*by_input, strict=True))
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D.sum(1), grad_z, grad_bias.sum(1)
 
 
 def _prepare_conv(x, weight, bias, lengths):
@@ -657,4 +656,4 @@ def conv_backward(grad_y, x, weight, bias, lengths, reverse, silu):
                 **options,
                 SILU=silu,
             )
-    return list(zip(grad_x, grad_weight.sum(1), grad_bias.sum(1), strict=True))
+    return grad_x, grad_weight.sum(1), grad_bias.sum(1)

@@ -80,18 +80,51 @@ def _pointer(builder, address, index, element, target):
     return builder.bitcast(builder.gep(base, [index]), target.as_pointer())
 
 
+def _emit_load(context, builder, element, address, index):
+    vector = ir.VectorType(element, LANES)
+    loaded = builder.load(_pointer(builder, address, index, element, vector))
+    loaded.align = element.get_abi_size(context.target_data)
+    if vector == _FLOATS:
+        return loaded
+    return builder.bitcast(builder.shl(builder.zext(loaded, _INTS), _constant(16)), _FLOATS)
+
+
+def _emit_store(context, builder, element, address, index, value):
+    if element != ir.FloatType():
+        bits = builder.bitcast(value, _INTS)
+        odd = builder.and_(builder.lshr(bits, _constant(16)), _constant(1))
+        rounded = builder.add(builder.add(bits, odd), _constant(0x7FFF))
+        # Rounding would carry some NaNs into infinity or zero.
+        rounded = builder.select(builder.fcmp_unordered("uno", value, value), _constant(0x7FC00000), rounded)
+        value = builder.trunc(builder.lshr(rounded, _constant(16)), _SHORTS)
+    stored = builder.store(value, _pointer(builder, address, index, element, value.type))
+    stored.align = element.get_abi_size(context.target_data)
+
+
+def _emit_transpose(builder, rows):
+    """Transpose a square of vectors by exchanging halves, quarters and so on of pairs of rows."""
+    rows, distance = list(rows), LANES // 2
+    while distance:
+        for row in range(LANES):
+            if row & distance:
+                continue
+            above, below = rows[row], rows[row + distance]
+            first = [lane + (LANES - distance if lane & distance else 0) for lane in range(LANES)]
+            second = [lane + (LANES if lane & distance else distance) for lane in range(LANES)]
+            rows[row], rows[row + distance] = (
+                builder.shuffle_vector(above, below, ir.Constant(_INTS, lanes)) for lanes in (first, second)
+            )
+        distance //= 2
+    return rows
+
+
 @intrinsic
 def _load(typingctx, kind, address, index):
     """Sixteen neighbours, widened to float32. ``kind`` is a number of the type that lies there."""
     element = _element_type(kind)
 
     def codegen(context, builder, signature, arguments):
-        vector = ir.VectorType(element, LANES)
-        loaded = builder.load(_pointer(builder, arguments[1], arguments[2], element, vector))
-        loaded.align = element.get_abi_size(context.target_data)
-        if vector == _FLOATS:
-            return loaded
-        return builder.bitcast(builder.shl(builder.zext(loaded, _INTS), _constant(16)), _FLOATS)
+        return _emit_load(context, builder, element, *arguments[1:])
 
     return _Lanes(kind, types.intp, types.intp), codegen
 
@@ -102,19 +135,29 @@ def _store(typingctx, kind, address, index, value):
     element = _element_type(kind)
 
     def codegen(context, builder, signature, arguments):
-        value = arguments[3]
-        if element != ir.FloatType():
-            bits = builder.bitcast(value, _INTS)
-            odd = builder.and_(builder.lshr(bits, _constant(16)), _constant(1))
-            rounded = builder.add(builder.add(bits, odd), _constant(0x7FFF))
-            # Rounding would carry some NaNs into infinity or zero.
-            rounded = builder.select(builder.fcmp_unordered("uno", value, value), _constant(0x7FC00000), rounded)
-            value = builder.trunc(builder.lshr(rounded, _constant(16)), _SHORTS)
-        stored = builder.store(value, _pointer(builder, arguments[1], arguments[2], element, value.type))
-        stored.align = element.get_abi_size(context.target_data)
+        _emit_store(context, builder, element, *arguments[1:])
         return context.get_dummy_value()
 
     return types.none(kind, types.intp, types.intp, _Lanes), codegen
+
+
+@intrinsic
+def _load_square(typingctx, kind, source, source_index, source_stride, target, target_index, target_stride):
+    """Sixteen rows of sixteen neighbours, transposed to float32 at ``target``; strides are those between rows."""
+    element = _element_type(kind)
+
+    def codegen(context, builder, signature, arguments):
+        _, source, source_index, source_stride, target, target_index, target_stride = arguments
+        rows = []
+        for _ in range(LANES):
+            rows.append(_emit_load(context, builder, element, source, source_index))
+            source_index = builder.add(source_index, source_stride)
+        for row in _emit_transpose(builder, rows):
+            _emit_store(context, builder, ir.FloatType(), target, target_index, row)
+            target_index = builder.add(target_index, target_stride)
+        return context.get_dummy_value()
+
+    return types.none(kind, *[types.intp] * 6), codegen
 
 
 @intrinsic
@@ -374,6 +417,31 @@ def _ceil_div(a, b):
     return (a + b - 1) // b
 
 
+@_inline
+def _stage(kind, sequence, cell, start, steps, length, reverse, channel, lanes, tile, scratch):
+    """Where steps are neighbours in memory, not channels: transpose squares of sixteen of them into the scratch.
+
+    Returns how many steps of the block lie there then, in the order of the scan.
+    """
+    staged = 0
+    if sequence.address != 0 and sequence.step == 1 and sequence.channel != 1 and lanes == LANES:
+        staged = steps // LANES * LANES
+    for i in range(0, staged, LANES):
+        t = length - LANES - start - i if reverse else start + i
+        index = cell * sequence.batch + t + channel * sequence.channel
+        row, stride = (i + LANES - 1, -LANES) if reverse else (i, LANES)
+        _load_square(kind, sequence.address, index, sequence.channel, scratch, tile + row * LANES, stride)
+    return staged
+
+
+@_inline
+def _fetch(kind, sequence, cell, t, channel, lanes, i, staged, tile, scratch):
+    """Step i of a block: from the scratch if it was staged there, else from where it lies."""
+    if i < staged:
+        return _get(scratch, tile + i * LANES)
+    return _read(kind, sequence, cell, t, channel, lanes, scratch)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Scan
 # ----------------------------------------------------------------------------------------------------------------------
@@ -397,7 +465,11 @@ _GRAD_INPUTS = _GRAD_OUTPUTS + _TILE
 _GRAD_DELTAS = _GRAD_INPUTS + _TILE
 _DECAYS = _GRAD_DELTAS + _TILE
 _STATES = _DECAYS + _TILE  # before each step, and after the last
-_BACKWARD_TILES = _STATES + _TILE + LANES
+_U = _STATES + _TILE + LANES
+_RAW_DELTAS = _U + _TILE
+_GATES = _RAW_DELTAS + _TILE
+_GRAD_Y = _GATES + _TILE
+_BACKWARD_TILES = _GRAD_Y + _TILE
 
 
 @_inline
@@ -409,10 +481,8 @@ def _vector_of(sequence, channel, lanes, scratch):
 
 
 @_inline
-def _input_and_step_size(kind, a, cell, t, channel, lanes, bias, scratch):
-    u = _read(kind, a.u, cell, t, channel, lanes, scratch)
-    delta = _read(kind, a.delta, cell, t, channel, lanes, scratch) + bias
-    return u, _softplus(delta) if a.softplus else delta
+def _step_size(a, raw, bias):
+    return _softplus(raw + bias) if a.softplus else raw + bias
 
 
 @_inline
@@ -484,9 +554,15 @@ def _scan_group(kind, a, cell, first, scratch):
             lanes = min(LANES, a.channels - channel)
             D = _vector_of(a.D, channel, lanes, scratch)
             bias = _vector_of(a.bias, channel, lanes, scratch)
+            staged_u = _stage(kind, a.u, cell, start, steps, length, a.reverse, channel, lanes, _INPUTS, scratch)
+            staged_delta = _stage(
+                kind, a.delta, cell, start, steps, length, a.reverse, channel, lanes, _DELTAS, scratch
+            )
             for i in range(steps):
                 t, here = _position(start + i, length, a.reverse), i * LANES
-                u, delta = _input_and_step_size(kind, a, cell, t, channel, lanes, bias, scratch)
+                u = _fetch(kind, a.u, cell, t, channel, lanes, i, staged_u, _INPUTS, scratch)
+                raw = _fetch(kind, a.delta, cell, t, channel, lanes, i, staged_delta, _DELTAS, scratch)
+                delta = _step_size(a, raw, bias)
                 _set(scratch, _DELTAS + here, delta)
                 _set(scratch, _INPUTS + here, delta * u)
                 _set(scratch, _OUTPUTS + here, D * u)
@@ -498,11 +574,12 @@ def _scan_group(kind, a, cell, first, scratch):
                 exponent = _get(scratch, exponents + here)
                 state = _walk(a, cell, n, state, exponent, start, steps, length, False, scratch)
                 _set(scratch, carried + here, state)
+            staged_z = _stage(kind, a.z, cell, start, steps, length, a.reverse, channel, lanes, _INPUTS, scratch)
             for i in range(steps):
-                t = _position(start + i, length, a.reverse)
-                y = _get(scratch, _OUTPUTS + i * LANES)
+                t, here = _position(start + i, length, a.reverse), i * LANES
+                y = _get(scratch, _OUTPUTS + here)
                 if a.z.address != 0:
-                    z = _read(kind, a.z, cell, t, channel, lanes, scratch)
+                    z = _fetch(kind, a.z, cell, t, channel, lanes, i, staged_z, _INPUTS, scratch)
                     y = y * (z * _sigmoid(z))
                 _write(kind, a.y, cell, t, channel, lanes, scratch, y)
 
@@ -550,12 +627,20 @@ def _scan_group_back(kind, a, g, cell, first, scratch):
             D = _vector_of(a.D, channel, lanes, scratch)
             bias = _vector_of(a.bias, channel, lanes, scratch)
             grad_D = _get(scratch, sums_D + block * LANES)
+            staged_u = _stage(kind, a.u, cell, start, steps, length, a.reverse, channel, lanes, _U, scratch)
+            staged_delta = _stage(
+                kind, a.delta, cell, start, steps, length, a.reverse, channel, lanes, _RAW_DELTAS, scratch
+            )
+            staged_y = _stage(kind, g.y, cell, start, steps, length, a.reverse, channel, lanes, _GRAD_Y, scratch)
+            staged_z = _stage(kind, a.z, cell, start, steps, length, a.reverse, channel, lanes, _GATES, scratch)
             for i in range(steps):
                 t, here = _position(start + i, length, a.reverse), i * LANES
-                u, delta = _input_and_step_size(kind, a, cell, t, channel, lanes, bias, scratch)
-                grad_output = _read(kind, g.y, cell, t, channel, lanes, scratch)
+                u = _fetch(kind, a.u, cell, t, channel, lanes, i, staged_u, _U, scratch)
+                raw = _fetch(kind, a.delta, cell, t, channel, lanes, i, staged_delta, _RAW_DELTAS, scratch)
+                delta = _step_size(a, raw, bias)
+                grad_output = _fetch(kind, g.y, cell, t, channel, lanes, i, staged_y, _GRAD_Y, scratch)
                 if a.z.address != 0:
-                    z = _read(kind, a.z, cell, t, channel, lanes, scratch)
+                    z = _fetch(kind, a.z, cell, t, channel, lanes, i, staged_z, _GATES, scratch)
                     grad_output = grad_output * (z * _sigmoid(z))
                 grad_D = _fma(grad_output, u, grad_D)
                 _set(scratch, _DELTAS + here, delta)
@@ -591,19 +676,19 @@ def _scan_group_back(kind, a, g, cell, first, scratch):
             grad_bias = _get(scratch, sums_bias + block * LANES)
             for i in range(steps):
                 t, here = _position(start + i, length, a.reverse), i * LANES
-                u = _read(kind, a.u, cell, t, channel, lanes, scratch)
+                u = _fetch(kind, a.u, cell, t, channel, lanes, i, staged_u, _U, scratch)
                 grad_input = _get(scratch, _GRAD_INPUTS + here)
                 grad_u = _fma(grad_input, _get(scratch, _DELTAS + here), D * _get(scratch, _GRAD_OUTPUTS + here))
                 _write(kind, g.u, cell, t, channel, lanes, scratch, grad_u)
                 grad_delta = _fma(grad_input, u, _get(scratch, _GRAD_DELTAS + here))
                 if a.softplus:
-                    delta = _read(kind, a.delta, cell, t, channel, lanes, scratch) + bias
-                    grad_delta = grad_delta * _sigmoid(delta)
+                    raw = _fetch(kind, a.delta, cell, t, channel, lanes, i, staged_delta, _RAW_DELTAS, scratch)
+                    grad_delta = grad_delta * _sigmoid(raw + bias)
                 grad_bias = grad_bias + grad_delta
                 _write(kind, g.delta, cell, t, channel, lanes, scratch, grad_delta)
                 if a.z.address != 0:
-                    z = _read(kind, a.z, cell, t, channel, lanes, scratch)
-                    grad_y = _read(kind, g.y, cell, t, channel, lanes, scratch)
+                    z = _fetch(kind, a.z, cell, t, channel, lanes, i, staged_z, _GATES, scratch)
+                    grad_y = _fetch(kind, g.y, cell, t, channel, lanes, i, staged_y, _GRAD_Y, scratch)
                     grad_z = grad_y * _get(scratch, _OUTPUTS + here) * _silu_slope(z)
                     _write(kind, g.z, cell, t, channel, lanes, scratch, grad_z)
             _set(scratch, sums_bias + block * LANES, grad_bias)

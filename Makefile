@@ -28,8 +28,8 @@ format: $(VENV)/.dev  ## Mend what the linter can mend
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
 
-bench: $(VENV)/.demo  ## Speed of the scan and of the model on this machine
-	$(VENV)/bin/python scripts/benchmark.py
+bench: $(VENV)/.bench  ## Speed of the scan and of whole models on this machine, beside what else there is
+	$(VENV)/bin/python scripts/benchmark_speed.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
@@ -43,6 +43,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable ".[demo]"
 	touch $@
 
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable ".[bench]"
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable ".[dev]"
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.bench

@@ -10,6 +10,7 @@ times. Peers have random weights and their published shapes; no weights are load
 """
 
 import argparse
+import ctypes
 import platform
 import statistics
 import time
@@ -52,31 +53,38 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def in_turn(functions: dict[str, Callable], device: torch.device, repeats: int, limit: float = 8.0) -> dict[str, float]:
-    """Median time of each, after a call that is not counted; what takes longer than ``limit`` seconds runs once."""
-    first = {name: seconds(function, device) for name, function in functions.items()}
+def in_turn(
+    functions: dict[str, Callable], device: torch.device, repeats: int, limit: float = 2.0
+) -> dict[str, tuple[float, float | None]]:
+    """Median time of each, and MiB that its first call took at its peak beyond what was there before.
+
+    The first call's time is not counted, unless it is above ``limit`` seconds: then it is the only one.
+    """
+    first = {name: peak_memory(function, device) for name, function in functions.items()}
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            if first[name] < limit:
+            if first[name][0] < limit:
                 times[name].append(seconds(function, device))
-    return {name: statistics.median(times[name] or [first[name]]) for name in functions}
+    return {name: (statistics.median(times[name] or [taken]), peak) for name, (taken, peak) in first.items()}
 
 
-def peak_memory(function: Callable[[], object], device: torch.device) -> float | None:
-    """MiB that a call takes at its peak beyond what was there before; None where the system does not tell."""
+def peak_memory(function: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
+    """Seconds and MiB of a call; None where the system does not tell its memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        seconds(function, device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        taken = seconds(function, device)
+        return taken, (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        # Linux: give back what was freed, and forget the peak so far.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
-        function()
-        return (_status("VmHWM") - before) / 2**10
-    except (OSError, KeyError):
-        return None
+    except (OSError, KeyError, AttributeError):
+        return seconds(function, device), None
+    taken = seconds(function, device)
+    return taken, max(0, _status("VmHWM") - before) / 2**10
 
 
 def _status(field: str) -> int:
@@ -87,7 +95,7 @@ def _status(field: str) -> int:
 def table(headings: list[str], rows: list[list]) -> str:
     def text(value) -> str:
         if value is None:
-            return "–"
+            return "not measured"
         if not isinstance(value, float):
             return str(value)
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -138,7 +146,8 @@ def benchmark_scan(arguments, device: torch.device) -> str:
     bodies = scan_bodies(device)
     own = "numba" if device.type == "cpu" else "triton"
     report = (
-        f"One cell, {arguments.channels:,} channels, 16 states, float32; ms, and how many times as fast as each peer.\n"
+        f"One cell, {arguments.channels:,} channels, 16 states, float32. Inputs are contiguous in mamba-ssm's layout "
+        "(batch, channels, seq), or channels are neighbours, as PanFoMa's projections leave them.\n"
     )
     last = {"forward": {}, "forward + backward": {}}
     for mode in last:
@@ -150,19 +159,18 @@ def benchmark_scan(arguments, device: torch.device) -> str:
                 calls[name] = scan_call(body, tensors, mode)
             if own in bodies:
                 calls[f"{own}, channels last"] = scan_call(bodies[own], channels_last(tensors), mode)
-            # Backward through the fallback's loop grows with the square of the length, and no length shrinks to nothing.
+            # Backward through the fallback's loop grows with the square of the length.
             growth = 2 if mode != "forward" else 1
             for name, (length, taken) in last[mode].items():
                 if taken * (seq / length) ** growth > arguments.longest_call:
                     calls.pop(name, None)
-            times = in_turn(calls, device, arguments.repeats)
-            memory = {name: peak_memory(call, device) for name, call in calls.items()}
-            last[mode] |= {name: (seq, taken) for name, taken in times.items()}
+            measured = in_turn(calls, device, arguments.repeats)
+            last[mode] |= {name: (seq, taken) for name, (taken, _) in measured.items()}
             size = sum(t.numel() * 4 for t in tensors) / 2**20
-            mine = times.get(f"{own}, channels last")
-            for name, taken in times.items():
-                ratio = taken / mine if mine else None
-                rows.append([f"{seq:,}", name, taken * 1e3, ratio, memory[name], memory[name] and memory[name] / size])
+            mine, _ = measured.get(f"{own}, channels last", (None, None))
+            for name, (taken, peak) in measured.items():
+                share = None if peak is None else peak / size
+                rows.append([f"{seq:,}", name, taken * 1e3, mine and taken / mine, peak, share])
         headings = ["steps", mode, "ms", f"time / {own}, channels last", "peak MiB", "peak / inputs"]
         report += "\n" + table(headings, rows)
     return report
@@ -229,12 +237,9 @@ def benchmark_models(arguments, device: torch.device) -> str:
 
     def measure(name, model, batch, tokens, bfloat16=False):
         call = inference(model, batch, bfloat16)
-        taken = in_turn({name: call}, device, arguments.repeats, limit=5.0)[name]
-        cells = len(batch["input_ids"])
-        dtype = "bfloat16" if bfloat16 else "float32"
-        rows.append(
-            [name, f"{tokens:,}", dtype, cells, cells / taken, tokens * cells / taken, peak_memory(call, device)]
-        )
+        taken, peak = in_turn({name: call}, device, arguments.repeats)[name]
+        cells, dtype = len(batch["input_ids"]), "bfloat16" if bfloat16 else "float32"
+        rows.append([name, f"{tokens:,}", dtype, cells, cells / taken, tokens * cells / taken, peak])
 
     for size in arguments.sizes:
         model = panfoma(size, device)
@@ -290,10 +295,10 @@ def benchmark_floor(arguments, device: torch.device) -> str:
 
                 dtype = "bfloat16" if bfloat16 else "float32"
                 times |= {f"model {dtype}": call, f"floor {dtype}": floor}
-            taken = in_turn(times, device, arguments.repeats)
-            speedup = taken["model float32"] / taken["model bfloat16"]
+            taken = in_turn(times, device, arguments.repeats, limit=5.0)
+            speedup = taken["model float32"][0] / taken["model bfloat16"][0]
             for dtype in ("float32", "bfloat16"):
-                model_time, floor_time = taken[f"model {dtype}"], taken[f"floor {dtype}"]
+                (model_time, _), (floor_time, _) = taken[f"model {dtype}"], taken[f"floor {dtype}"]
                 gain = speedup if dtype == "bfloat16" else 1.0
                 row = [
                     size,
@@ -316,7 +321,8 @@ def benchmark_growth(arguments, device: torch.device) -> str:
     for size in arguments.sizes:
         model = panfoma(size, device)
         calls = {genes: inference(model, panfoma_batch(1, genes, device)) for genes in lengths}
-        times[f"PanFoMa {size}"] = in_turn(calls, device, arguments.repeats, limit=30.0)
+        measured = in_turn(calls, device, arguments.repeats, limit=4.0)
+        times[f"PanFoMa {size}"] = {genes: taken for genes, (taken, _) in measured.items()}
     rows = []
     for name, taken in times.items():
         for before, genes in zip((None, *lengths), lengths, strict=False):
@@ -379,12 +385,12 @@ def benchmark_training(arguments, device: torch.device) -> str:
 
             with FlopCounterMode(display=False) as counter:
                 step()
-            taken = in_turn({"step": step}, device, arguments.repeats)["step"]
+            taken, peak_mib = in_turn({"step": step}, device, arguments.repeats)["step"]
             flops = counter.get_total_flops() / taken
             hours = CORPUS_CELLS * taken / cells / 3600
             utilisation = peak and flops / (peak * 1e12)
             rows.append([size, f"{genes:,}", cells, taken * 1e3, cells / taken, flops / 1e12, utilisation, hours])
-            rows[-1].append(peak_memory(step, device))
+            rows[-1].append(peak_mib)
     headings = ["PanFoMa", "genes", "cells at once", "ms a step", "cells/s", "TFLOP/s", "share of peak"]
     headings += [f"hours for {CORPUS_CELLS:,} cells", "peak MiB"]
     return (

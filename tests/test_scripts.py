@@ -71,7 +71,19 @@ def test_the_gene_table_is_built_in_hgnc_order_and_the_same_each_time(name, tmp_
     ]
 
 
-def test_the_benchmark_prints_ratios_and_cells_a_second():
-    printed = run_script("benchmark.py", "--size", "tiny", "--cells", 2, "--genes", 16, "--repeats", 1)
-    assert "scan, selective_scan_fn" in printed
-    assert "cells/s" in printed
+def test_the_benchmark_prints_and_writes_its_tables(tmp_path):
+    lengths = [
+        argument
+        for part in ("scan", "model", "floor", "growth", "training")
+        for argument in (f"--{part}-lengths", "16", *(["32"] if part == "growth" else []))
+    ]
+    report = tmp_path / "performance.md"
+    small = ("--sizes", "tiny", "--channels", "32", "--repeats", "1", "--tokens-per-batch", "32", "--no-peers")
+    printed = run_script("benchmark_speed.py", *small, *lengths, "--device", "cpu", "--report", report)
+    written = report.read_text()
+    for heading in ("The scan", "Whole models", "The model and its floor", "Growth with length", "Training"):
+        assert f"## {heading}" in written
+        assert f"## {heading}" in printed
+    assert "Transformers' fallback" in written
+    assert "numba, channels last" in written
+    assert (tmp_path / "growth.png").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""The PanFoMa model. Its files travel with every checkpoint: they import torch and transformers only."""
+"""The PanFoMa model. Its files travel with every checkpoint: they need torch and transformers only."""
 
 from .configuration_panfoma import PanFoMaConfig
 from .modeling_panfoma import (

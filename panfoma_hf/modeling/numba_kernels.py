@@ -11,11 +11,12 @@ Work is cut by shape alone, never by the number of threads, so the same input gi
 Sequences may be float32, or bfloat16 passed as its bits; everything is computed in float32.
 """
 
+import functools
 import math
 import operator
 import os
 from collections import deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -255,9 +256,9 @@ _add = _binary(lambda builder, a, b: builder.fadd(a, b))
 _subtract = _binary(lambda builder, a, b: builder.fsub(a, b))
 _multiply = _binary(lambda builder, a, b: builder.fmul(a, b))
 _divide = _binary(lambda builder, a, b: builder.fdiv(a, b))
-# Of a NaN and a number they return the number, which bounds the exponent below; the NaN stays in the other factors.
-_maximum = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
-_minimum = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
+# A NaN in the first argument stays.
+_maximum = _binary(lambda builder, a, b: builder.select(builder.fcmp_unordered(">", a, b), a, b))
+_minimum = _binary(lambda builder, a, b: builder.select(builder.fcmp_unordered("<", a, b), a, b))
 
 
 def _overload(symbol, function):
@@ -293,8 +294,8 @@ _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 _LOG2E = np.float32(math.log2(math.e))
 # Added and subtracted, it rounds to a whole number, which the sum then holds in its low bits: 1.5 * 2**23.
 _ROUND = np.float32(12582912.0)
-# The powers of two that float32 has at full precision.
-_LOWEST, _HIGHEST = np.float32(-126), np.float32(127)
+# Here the sum of exponents makes 0 and infinity. Below -126, where float32 loses precision, results are merely tiny.
+_LOWEST, _HIGHEST = np.float32(-127), np.float32(128)
 # 2**x = 1 + x (c1 + x (c2 + ...)) on [-1/2, 1/2], least largest relative error with a value of 1 at 0: 9e-8. The exact
 # 1 matters, as small steps multiply many decays near 1. Found by weighted least squares with iterated weights.
 _EXP2 = tuple(np.float32(c) for c in (0.693147004, 0.240222424, 0.0555073358, 0.00967151299, 0.00132647273))
@@ -305,7 +306,7 @@ _ARTANH_FIRST = np.float32(1 / 17)
 
 @_inline
 def _exp2(x):
-    """Two to the power of x. Beyond what float32 can hold: its smallest or largest normal power of two."""
+    """Two to the power of x; 0 and infinity beyond what float32 can hold."""
     x = _minimum(_maximum(x, _splat(_LOWEST)), _splat(_HIGHEST))
     rounded = x + _splat(_ROUND)
     rest = x - (rounded - _splat(_ROUND))
@@ -338,8 +339,7 @@ def _softplus(x):
     series = _splat(_ARTANH_FIRST)
     for coefficient in _ARTANH:
         series = _fma(series, square, _splat(coefficient))
-    # x + 0 keeps a NaN, which the maximum drops.
-    return positive + _splat(_TWO) * s * series + (x - x)
+    return positive + _splat(_TWO) * s * series
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -841,36 +841,32 @@ def _conv_backward(kind, a, g, items, stop, scratch):
 # From tensors to kernels
 # ----------------------------------------------------------------------------------------------------------------------
 
-_pool: ThreadPoolExecutor | None = None
 
-
-def _forget_pool():
-    # The threads of a parent process are not in its child.
-    global _pool
-    _pool = None
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(os.cpu_count() or 1, 2), thread_name_prefix="panfoma")
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    # The threads of a parent process are not in its child.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _run(kernel, directions: list[tuple], items: int, vectors: int, scratch_floats: int):
+def _run(kernel, directions: list[tuple], items: int, vectors: int, scratch_floats: int, keep: list):
     """Run a kernel over the items of each direction, on as many threads as torch uses, this one among them.
 
     The kernels let go of the interpreter's lock, so plain threads do. They take piece after piece, as torch's own
-    threads may still be spinning on their cores for a while after its last operator.
+    threads may still be spinning on their cores for a while after its last operator. ``keep`` holds whatever owns the
+    memory that the arguments give addresses of.
     """
-    global _pool
     threads = max(1, min(torch.get_num_threads(), len(directions) * items, vectors // _MIN_VECTORS_PER_THREAD))
-    piece = max(1, len(directions) * items // (threads * _PIECES_PER_THREAD)) if threads > 1 else items
+    piece = max(1, len(directions) * items // (threads * _PIECES_PER_THREAD)) if threads > 1 else max(1, items)
     calls = deque(
-        (*arguments, start, min(start + piece, items))
-        for arguments in directions
-        for start in range(0, items, max(1, piece))
+        (*arguments, start, min(start + piece, items)) for arguments in directions for start in range(0, items, piece)
     )
 
-    def work():
-        scratch = torch.empty(scratch_floats)  # aligned to 64 bytes
+    def work(keep=keep):
+        scratch = _empty(scratch_floats)  # aligned to 64 bytes
         while True:
             try:
                 call = calls.popleft()
@@ -878,14 +874,19 @@ def _run(kernel, directions: list[tuple], items: int, vectors: int, scratch_floa
                 return
             kernel(*call, scratch.data_ptr())
 
-    if threads > 1 and _pool is None:
-        _pool = ThreadPoolExecutor(max(os.cpu_count() or 1, 2), thread_name_prefix="panfoma")
-    helpers = [_pool.submit(work) for _ in range(threads - 1)]
+    helpers = [_pool().submit(work) for _ in range(threads - 1)]
     try:
         work()
     finally:
-        for helper in helpers:
-            helper.result()
+        calls.clear()  # after an error nobody starts another piece
+        wait(helpers)
+    for helper in helpers:
+        helper.result()
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Whatever torch's default dtype is, the kernels write float32 unless they are told otherwise."""
+    return torch.empty(*shape, dtype=dtype)
 
 
 def _sequence(tensor: Tensor | None) -> _Sequence:
@@ -953,16 +954,23 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, lengths, reverse, delta_so
         _ScanTensors(k, u, delta, A, B, C, D, z, delta_bias, lengths, reverse, delta_softplus)
         for k in range(directions)
     ]
-    y = torch.empty(directions, cells, seq, channels, dtype=inputs[0].dtype)
-    last_state = torch.empty(directions, cells, states, channels)
-    boundaries = torch.empty(boundaries_shape(directions, cells, seq, channels, states, keep_boundaries))
+    y = _empty(directions, cells, seq, channels, dtype=inputs[0].dtype)
+    last_state = _empty(directions, cells, states, channels)
+    boundaries = _empty(boundaries_shape(directions, cells, seq, channels, states, keep_boundaries))
     calls = [
         (direction.kind, direction.arguments(y[k], last_state[k], boundaries[k] if keep_boundaries else None))
         for k, direction in enumerate(inputs)
     ]
     vectors = directions * cells * seq * -(-channels // LANES) * states
     floats = _FORWARD_TILES + 2 * _group_vectors(channels) * states * LANES
-    _run(_scan_forward, calls, cells * -(-channels // _GROUP_CHANNELS), vectors, floats)
+    _run(
+        _scan_forward,
+        calls,
+        cells * -(-channels // _GROUP_CHANNELS),
+        vectors,
+        floats,
+        [inputs, y, last_state, boundaries],
+    )
     return y.to(u[0].dtype), last_state, boundaries
 
 
@@ -984,12 +992,10 @@ def scan_backward(
     ]
     # Cast once and kept until the kernels are done, which know addresses only.
     grad_y, grad_last_state = _cast(grad_y, inputs[0].dtype), _float(grad_last_state)
-    grad_u, grad_delta, grad_z = (
-        torch.empty(directions, cells, seq, channels, dtype=inputs[0].dtype) for _ in range(3)
-    )
-    grad_A = torch.empty(directions, cells, states, channels)
-    grad_B, grad_C = (torch.empty(directions, groups * cells, seq, states) for _ in range(2))
-    grad_D, grad_bias = (torch.empty(directions, cells, 1, channels) for _ in range(2))
+    grad_u, grad_delta, grad_z = (_empty(directions, cells, seq, channels, dtype=inputs[0].dtype) for _ in range(3))
+    grad_A = _empty(directions, cells, states, channels)
+    grad_B, grad_C = (_empty(directions, groups * cells, seq, states) for _ in range(2))
+    grad_D, grad_bias = (_empty(directions, cells, 1, channels) for _ in range(2))
     written = grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_z
     calls = []
     for k, direction in enumerate(inputs):
@@ -997,7 +1003,7 @@ def scan_backward(
         calls.append((direction.kind, direction.arguments(boundaries=boundaries[k]), gradients))
     vectors = 4 * directions * cells * seq * -(-channels // LANES) * states
     floats = _BACKWARD_TILES + 2 * states * _TILE + 2 * _group_vectors(channels) * (states + 1) * LANES
-    _run(_scan_backward, calls, cells * groups, vectors, floats)
+    _run(_scan_backward, calls, cells * groups, vectors, floats, [inputs, boundaries, grad_y, grad_last_state, written])
     grad_B, grad_C = (sums.view(directions, groups, cells, seq, states).sum(1) for sums in (grad_B, grad_C))
     grad_A, grad_D, grad_bias = grad_A.sum(1).transpose(1, 2), grad_D.sum((1, 2)), grad_bias.sum((1, 2))
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias
@@ -1028,10 +1034,10 @@ def conv_forward(x, weight, bias, lengths, reverse, silu):
     """See `selective_scan._conv_op`."""
     (cells, seq, channels), width = x[0].shape, weight[0].shape[1]
     inputs = [_ConvTensors(k, x, weight, bias, lengths, reverse, silu) for k in range(len(x))]
-    y = torch.empty(len(x), cells, seq, channels, dtype=inputs[0].dtype)
+    y = _empty(len(x), cells, seq, channels, dtype=inputs[0].dtype)
     calls = [(direction.kind, direction.arguments(y[k])) for k, direction in enumerate(inputs)]
     floats = LANES + (1 + width) * -(-channels // LANES) * LANES
-    _run(_conv_forward, calls, cells * -(-seq // BLOCK_STEPS), 2 * y.numel() // LANES, floats)
+    _run(_conv_forward, calls, cells * -(-seq // BLOCK_STEPS), 2 * y.numel() // LANES, floats, [inputs, y])
     return y.to(x[0].dtype)
 
 
@@ -1040,14 +1046,21 @@ def conv_backward(grad_y, x, weight, bias, lengths, reverse, silu):
     (cells, seq, channels), width, directions = x[0].shape, weight[0].shape[1], len(x)
     inputs = [_ConvTensors(k, x, weight, bias, lengths, reverse, silu) for k in range(directions)]
     grad_y = _cast(grad_y, inputs[0].dtype)
-    grad_x = torch.empty(directions, cells, seq, channels, dtype=inputs[0].dtype)
-    grad_weight = torch.empty(directions, cells, width, channels)
-    grad_bias = torch.empty(directions, cells, 1, channels)
+    grad_x = _empty(directions, cells, seq, channels, dtype=inputs[0].dtype)
+    grad_weight = _empty(directions, cells, width, channels)
+    grad_bias = _empty(directions, cells, 1, channels)
     calls = []
     for k, direction in enumerate(inputs):
         gradients = _ConvGradients(*(_sequence(tensor[k]) for tensor in (grad_y, grad_x, grad_weight, grad_bias)))
         calls.append((direction.kind, direction.arguments(), gradients))
     floats = (1 + 2 * width + BLOCK_STEPS + width - 1) * LANES
     items = cells * -(-channels // _GROUP_CHANNELS)
-    _run(_conv_backward, calls, items, 4 * grad_x.numel() // LANES, floats)
+    _run(
+        _conv_backward,
+        calls,
+        items,
+        4 * grad_x.numel() // LANES,
+        floats,
+        [inputs, grad_y, grad_x, grad_weight, grad_bias],
+    )
     return grad_x, grad_weight.sum(1).transpose(1, 2), grad_bias.sum((1, 2))

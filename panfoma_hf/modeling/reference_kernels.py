@@ -4,6 +4,7 @@
 The twins that every other body is tested against, and what runs where no other does.
 """
 
+import contextlib
 import hashlib
 
 import torch
@@ -41,6 +42,11 @@ def selective_scan_reference(
     return (y, last_state) if return_last_state else y
 
 
+def _without_autocast(device: torch.device):
+    """Matrix products and convolutions of what was widened on purpose stay wide."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def causal_conv1d_reference(x, weight, bias=None, activation=None):
     """The plain PyTorch body of `causal_conv1d_fn`, for sequences that run forward to their common end."""
     if x.shape[-1] == 0:
@@ -48,7 +54,8 @@ def causal_conv1d_reference(x, weight, bias=None, activation=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(wide)
     width, channels = weight.shape[1], weight.shape[0]
-    y = F.conv1d(F.pad(x.to(wide), (width - 1, 0)), weight.to(wide)[:, None], bias, groups=channels)
+    with _without_autocast(x.device):
+        y = F.conv1d(F.pad(x.to(wide), (width - 1, 0)), weight.to(wide)[:, None], bias, groups=channels)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
@@ -104,7 +111,8 @@ def _scan_op(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple
     tiles = _tiles(u, A)
     for start in tiles:
         cells = slice(start, start + tiles.step)
-        _scan_tile(u[cells], delta[cells], A, B[cells], C[cells], y[cells], last_state[cells], boundaries[:, cells])
+        with _without_autocast(u.device):
+            _scan_tile(u[cells], delta[cells], A, B[cells], C[cells], y[cells], last_state[cells], boundaries[:, cells])
     return y, last_state, boundaries
 
 
@@ -142,9 +150,10 @@ def _scan_backward_op(
     tiles = _tiles(u, A)
     for start in tiles:
         cells = slice(start, start + tiles.step)
-        *tile_grads, tile_grad_A = _scan_tile_backward(
-            grad_y[cells], grad_state[cells], u[cells], delta[cells], A, B[cells], C[cells], boundaries[:, cells]
-        )
+        with _without_autocast(u.device):
+            *tile_grads, tile_grad_A = _scan_tile_backward(
+                grad_y[cells], grad_state[cells], u[cells], delta[cells], A, B[cells], C[cells], boundaries[:, cells]
+            )
         grad_A += tile_grad_A
         for grad, tile_grad in zip(grads, tile_grads, strict=True):
             grad[cells] = tile_grad.permute(1, 2, 0)

@@ -28,6 +28,7 @@ import importlib.util
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.utils import logging
@@ -195,16 +196,14 @@ def causal_conv1d_fn(
     batch, channels, _ = x.shape
     _check_shape("weight", weight, (channels, weight.shape[1]), f"x {tuple(x.shape)}")
     _check_shape("bias", bias, (channels,), f"x {tuple(x.shape)}")
-    _check_shape("lengths", lengths, (batch,), f"x {tuple(x.shape)}")
+    _check_lengths(lengths, batch)
     _check_devices({"x": x, "weight": weight, "bias": bias})
     if activation not in (None, "silu"):
         raise ValueError(f"`activation` must be None or 'silu', got {activation!r}. Apply another one afterwards.")
     # mamba-ssm has no convolution.
     chosen = _choose_backend(None if backend == "mamba_ssm" else backend, x, scan=False)
     if chosen == "reference":
-        (x,) = _turn([x], lengths, reverse)
-        (y,) = _turn([causal_conv1d_reference(x, weight, bias, activation)], lengths, reverse)
-        return y if lengths is None else y.masked_fill(~_real_steps(lengths, y.shape[-1])[:, None], 0)
+        return _conv_reference(x, weight, bias, activation, lengths, reverse)
     y = _conv_op(
         [x.transpose(1, 2)], [weight], [] if bias is None else [bias], lengths, [reverse], activation == "silu", chosen
     )
@@ -215,19 +214,30 @@ def causal_conv1d_fn(
 # Choice of a body
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Looked up once, as torch.compile cannot follow the search.
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_PACKAGES = {"numba": "numba", "triton": "triton", "mamba_ssm": "mamba-ssm"}
 _REMEDIES = {
-    "numba": ("numba", "pip install numba"),
-    "triton": ("triton", "pip install triton"),
-    "mamba_ssm": ("mamba-ssm", "pip install panfoma-hf[cuda]` or load a model with `use_kernels=True"),
+    "numba": "Install it with `pip install numba`",
+    "triton": "Install it with `pip install triton`",
+    "mamba_ssm": "Install it with `pip install panfoma-hf[cuda]`, load a model with `use_kernels=True`",
 }
 
 
+# The signature is that of Transformers' Mamba, which the kernel of the hub is checked against.
 @use_kernel_forward_from_hub("selective_scan_fn")
 def hub_selective_scan(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+    use_mambapy=False,
+    use_associative_scan=False,
+    **kwargs,
 ):
     """mamba-ssm's kernel from the kernels hub, once a model was loaded with ``use_kernels=True`` on CUDA.
 
@@ -237,21 +247,41 @@ def hub_selective_scan(
     raise RuntimeError("The kernel of the kernels hub was not loaded. Load a model with `use_kernels=True` on CUDA.")
 
 
-def _mamba_ssm_scan():
-    """The kernel of mamba-ssm, from the kernels hub or from the package, or None where there is neither."""
+def _mamba_ssm_from_hub() -> bool:
+    """Whether `hub_selective_scan` has become a kernel."""
     forward = getattr(hub_selective_scan, "forward", None)
-    if forward is not None and forward.__func__ is not type(hub_selective_scan).forward:
+    return forward is not None and forward.__func__ is not type(hub_selective_scan).forward
+
+
+def _mamba_ssm_scan():
+    """The kernel of mamba-ssm, from the kernels hub or else from the package; ImportError where there is neither."""
+    if _mamba_ssm_from_hub():
         return hub_selective_scan
-    return _mamba_ssm_package()
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as kernel
+    except Exception as error:  # built for another torch, it fails in many ways
+        raise ImportError(f"mamba_ssm: {error}") from error
+    return kernel
 
 
 @functools.cache
-def _mamba_ssm_package():
+def _import_problem(backend: str) -> str | None:
+    """Why a body that needs a package cannot be imported; None if it can."""
+    if importlib.util.find_spec(_PACKAGES[backend].replace("-", "_")) is None:
+        return "it is not installed"
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as kernel
-    except ImportError:
-        return None
-    return kernel
+        _mamba_ssm_scan() if backend == "mamba_ssm" else _kernels(backend)
+    except ImportError as error:
+        return f"its import failed with: {error.__cause__ or error}"
+    return None
+
+
+# torch.compile cannot follow imports, and need not.
+@torch.compiler.assume_constant_result
+def _is_usable(backend: str) -> bool:
+    if backend == "mamba_ssm" and _mamba_ssm_from_hub():
+        return True
+    return _import_problem(backend) is None
 
 
 _forced: str | None = None
@@ -274,12 +304,6 @@ def use_scan_backend(backend: str | None):
         _forced = before
 
 
-def _is_installed(backend: str) -> bool:
-    if backend == "mamba_ssm":
-        return _mamba_ssm_scan() is not None
-    return {"reference": True, "numba": _HAS_NUMBA, "triton": _HAS_TRITON}[backend]
-
-
 def _choose_backend(backend: str | None, tensor: Tensor, scan: bool = True) -> str:
     """Name of the body for a tensor, after checks of one that was asked for."""
     device, is_double = tensor.device.type, tensor.dtype == torch.float64
@@ -289,39 +313,46 @@ def _choose_backend(backend: str | None, tensor: Tensor, scan: bool = True) -> s
         return _fastest_backend(device, is_double, scan)
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)} or None, got {backend!r}. Leave it out.")
-    if not _is_installed(backend):
-        package, remedy = _REMEDIES[backend]
+    if backend == "reference":
+        return backend
+    if not _is_usable(backend):
         raise ImportError(
-            f"The backend {backend!r} needs the package {package}, which cannot be imported here. "
-            f"Install it with `{remedy}`, or leave `backend` out."
+            f"The backend {backend!r} needs the package {_PACKAGES[backend]}, but {_import_problem(backend)}. "
+            f"{_REMEDIES[backend]}, or leave `backend` out."
         )
-    wanted = {"numba": "cpu", "mamba_ssm": "cuda", "triton": "cuda"}.get(backend, device)
+    wanted = "cpu" if backend == "numba" else "cuda"
     if device != wanted and not (backend == "triton" and _interprets_triton()):
         raise ValueError(
             f"The backend {backend!r} runs on {wanted.upper()} tensors, got {device}. "
             "Move them, or leave `backend` out."
         )
-    if is_double and backend != "reference":
+    if is_double:
         raise ValueError(f"The backend {backend!r} computes in float32, got float64. Take 'reference', or cast.")
     return backend
 
 
 def _fastest_backend(device: str, is_double: bool, scan: bool) -> str:
-    if is_double:
+    if is_double or device == "meta":
         return "reference"
-    if device == "cpu" and _HAS_NUMBA:
-        return "numba"
-    if device == "cuda":
-        # Not yet measured against each other (docs/performance.md): whoever installed mamba-ssm wants it.
-        if scan and _mamba_ssm_scan() is not None:
-            return "mamba_ssm"
-        if _HAS_TRITON:
-            return "triton"
-    if device != "meta" and not torch.compiler.is_compiling():
-        package = {"cpu": "numba", "cuda": "triton"}.get(device)
-        remedy = f"`pip install {package}` brings a fast one." if package else f"There is no fast one for {device}."
-        logger.warning_once(f"The selective scan runs in plain PyTorch, which is correct and slow. {remedy}")
+    # Not yet measured against each other (docs/performance.md): whoever installed mamba-ssm wants it.
+    candidates = {"cpu": ["numba"], "cuda": ["mamba_ssm", "triton"] if scan else ["triton"]}.get(device, [])
+    for backend in candidates:
+        if _is_usable(backend):
+            return backend
+    if not torch.compiler.is_compiling():
+        _warn_of_the_slow_one(device, candidates)
     return "reference"
+
+
+def _warn_of_the_slow_one(device: str, candidates: list[str]):
+    message = f"The selective scan runs in plain PyTorch, which is correct and slow. There is no fast one for {device}."
+    if candidates:
+        backend = candidates[-1]
+        message = (
+            "The selective scan runs in plain PyTorch, which is correct and slow. The fast one needs the package "
+            f"{_PACKAGES[backend]}, but {_import_problem(backend)}. {_REMEDIES[backend]}."
+        )
+    logger.warning_once(message)
 
 
 def _interprets_triton() -> bool:
@@ -351,9 +382,10 @@ def selective_scan_mamba_ssm(
 _PLAIN_BODIES = {"reference": selective_scan_reference, "mamba_ssm": selective_scan_mamba_ssm}
 
 
-def _real_steps(lengths: Tensor, seq: int) -> Tensor:
-    """(batch, seq), true before each cell's length."""
-    return torch.arange(seq, device=lengths.device) < lengths[:, None]
+def _real_steps(lengths: Tensor, tensor: Tensor) -> Tensor:
+    """(batch, 1, seq), true before each cell's length."""
+    steps = torch.arange(tensor.shape[-1], device=tensor.device)
+    return (steps < lengths.to(tensor.device)[:, None])[:, None]
 
 
 def _turn(tensors: list[Tensor | None], lengths: Tensor | None, reverse: bool) -> list[Tensor | None]:
@@ -362,21 +394,39 @@ def _turn(tensors: list[Tensor | None], lengths: Tensor | None, reverse: bool) -
         return tensors
     if lengths is None:
         return [None if tensor is None else tensor.flip(-1) for tensor in tensors]
-    steps = torch.arange(tensors[0].shape[-1], device=lengths.device)
-    order = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)[:, None].to(tensors[0].device)
+    seq, device = tensors[0].shape[-1], tensors[0].device
+    steps, lengths = torch.arange(seq, device=device), lengths.to(device).clamp(0, seq)[:, None]
+    order = torch.where(steps < lengths, lengths - 1 - steps, steps)[:, None]
     return [None if tensor is None else tensor.gather(-1, order.expand_as(tensor)) for tensor in tensors]
+
+
+def _hide_pads(tensors: list[Tensor | None], real: Tensor) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.masked_fill(~real, 0) for tensor in tensors]
+
+
+def _conv_reference(x, weight, bias, activation, lengths, reverse):
+    """Own lengths and directions around the reference, which knows of neither."""
+    if lengths is not None:
+        real = _real_steps(lengths, x)
+        (x,) = _hide_pads([x], real)
+    (x,) = _turn([x], lengths, reverse)
+    (y,) = _turn([causal_conv1d_reference(x, weight, bias, activation)], lengths, reverse)
+    return y if lengths is None else y.masked_fill(~real, 0)
 
 
 def _scan_with_plain_body(body, inputs: ScanInputs, lengths, reverse, delta_softplus, return_last_state):
     """Own lengths and directions around a body that knows of neither."""
-    u, delta, B, C, z = _turn([inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z], lengths, reverse)
+    u, delta, A, B, C, D, z, delta_bias = inputs
     if lengths is not None:
-        # Steps of size 0 leave the state as it is; softplus makes one of a bias of any ordinary size.
-        real = _real_steps(lengths.to(u.device), u.shape[-1])[:, None]
-        bias = 0 if inputs.delta_bias is None else inputs.delta_bias.to(delta.dtype)[:, None]
-        delta = torch.where(real, delta, torch.full_like(delta, -1e4) if delta_softplus else -bias)
-        u = u.masked_fill(~real, 0)
-    result = body(u, delta, inputs.A, B, C, inputs.D, z, inputs.delta_bias, delta_softplus, return_last_state)
+        real = _real_steps(lengths, u)
+        u, delta, B, C, z = _hide_pads([u, delta, B, C, z], real)
+        # Steps of size 0 leave a state as it is; bias and softplus would make another size of them.
+        delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
+        delta = delta if delta_bias is None else delta + delta_bias[:, None]
+        delta = F.softplus(delta) if delta_softplus else delta
+        (delta,), delta_bias, delta_softplus = _hide_pads([delta], real), None, False
+    u, delta, B, C, z = _turn([u, delta, B, C, z], lengths, reverse)
+    result = body(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     y, last_state = result if return_last_state else (result, None)
     (y,) = _turn([y], lengths, reverse)
     return (y if lengths is None else y.masked_fill(~real, 0)), last_state
@@ -387,12 +437,13 @@ def _scan_directions(directions: list[ScanInputs], lengths, reverse, delta_softp
     for inputs in directions:
         _check_scan_shapes(*inputs, lengths)
         _check_devices(inputs._asdict())
-    kinds = [[tensor is not None and (tensor.shape, tensor.dtype) for tensor in inputs] for inputs in directions]
-    if kinds[-1] != kinds[0]:
-        raise ValueError(
-            f"Both directions must have tensors of the same shapes and dtypes, got {kinds[0]} and {kinds[-1]}. "
-            "Scan them one by one with `selective_scan_fn`."
-        )
+    for name, *tensors in zip(ScanInputs._fields, directions[0], directions[-1], strict=True):
+        kinds = [None if tensor is None else (*tensor.shape, tensor.dtype, str(tensor.device)) for tensor in tensors]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"Both directions must have tensors of the same shapes, dtypes and devices, got for `{name}` "
+                f"{kinds[0]} and {kinds[1]}. Make them alike, or scan one by one with `selective_scan_fn`."
+            )
     backend = _choose_backend(backend, directions[0].u)
     if backend in _PLAIN_BODIES:
         body = _PLAIN_BODIES[backend]
@@ -423,6 +474,15 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], given
         )
 
 
+def _check_lengths(lengths: Tensor | None, batch: int):
+    _check_shape("lengths", lengths, (batch,), f"a batch of {batch}")
+    if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
+        raise ValueError(
+            f"`lengths` must be whole numbers, one for each cell, got {lengths.dtype}. "
+            "Of a mask (batch, seq) take `mask.sum(-1)`."
+        )
+
+
 def _check_devices(tensors: dict[str, Tensor | None]):
     """Kernels are given addresses, so nobody else would notice."""
     devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
@@ -445,10 +505,10 @@ def _check_scan_shapes(u, delta, A, B, C, D, z, delta_bias, lengths):
         "D": (D, (channels,)),
         "z": (z, (batch, channels, seq)),
         "delta_bias": (delta_bias, (channels,)),
-        "lengths": (lengths, (batch,)),
     }
     for name, (tensor, shape) in expected.items():
         _check_shape(name, tensor, shape, f"u {tuple(u.shape)} and A {tuple(A.shape)}")
+    _check_lengths(lengths, batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

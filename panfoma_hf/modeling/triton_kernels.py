@@ -143,8 +143,8 @@ def _scan_forward_kernel(
     CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    cell, direction = tl.program_id(1), tl.program_id(2)
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    cell, direction = tl.program_id(0), tl.program_id(2)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.arange(0, STATES)
     in_c, in_n = c < channels, n < states
     in_nc = in_n[:, None] & in_c[None, :]
@@ -264,7 +264,7 @@ def _scan_backward_kernel(
     CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    block_of_channels, cell, direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    cell, block_of_channels, direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     c = block_of_channels * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.arange(0, STATES)
     in_c, in_n = c < channels, n < states
@@ -308,7 +308,8 @@ def _scan_backward_kernel(
         block = blocks_of_cell - 1 - turned_block
         start = block * STEPS
         stop = tl.minimum(start + STEPS, length)
-        # The states before each step of the block; every thread reads back what it wrote itself.
+        # The states before each step of the block go through memory: other threads may read what one wrote.
+        tl.debug_barrier()
         state = _load(boundaries, (sequence * blocks + block) * states * channels + of_state, in_nc)
         for step in range(start, stop):
             tl.store(scratch + (step - start) * states * channels + of_state, state, mask=in_nc)
@@ -318,6 +319,7 @@ def _scan_backward_kernel(
             B_t = _load(B, t * B_step + n, in_n)
             state = tl.exp(delta_t[None, :] * A) * state + (delta_t * u_t)[None, :] * B_t[:, None]
 
+        tl.debug_barrier()
         for turned in range(stop - start):
             step = stop - 1 - turned
             t = _position(step, length, reverse)
@@ -413,8 +415,8 @@ def _conv_forward_kernel(
     STEPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    cell, direction = tl.program_id(1) % cells, tl.program_id(1) // cells
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    cell, direction = tl.program_id(0) % cells, tl.program_id(0) // cells
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     t = tl.program_id(2) * STEPS + tl.arange(0, STEPS)
     in_c = c < channels
     wide_cell = cell.to(tl.int64)
@@ -461,8 +463,8 @@ def _conv_backward_kernel(
     STEPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    cell, direction = tl.program_id(1) % cells, tl.program_id(1) // cells
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    cell, direction = tl.program_id(0) % cells, tl.program_id(0) // cells
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     block = tl.program_id(2)
     t = block * STEPS + tl.arange(0, STEPS)
     in_c = c < channels
@@ -556,7 +558,7 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, lengths, reverse, delta_so
     shape = boundaries_shape(directions, cells, seq, channels, states, keep_boundaries)
     boundaries = u[0].new_empty(shape, dtype=torch.float32)
     pointers, lengths, strides, options = _prepare(u, delta, A, B, C, D, z, delta_bias, lengths)
-    grid = triton.cdiv(channels, _FORWARD["CHANNELS"]), cells, directions
+    grid = cells, triton.cdiv(channels, _FORWARD["CHANNELS"]), directions
     if y.numel():
         with _on_device(y):
             _scan_forward_kernel[grid](
@@ -587,7 +589,7 @@ def scan_backward(
     grad_D, grad_bias = (empty(directions, cells, channels).zero_() for _ in range(2))
     scratch = empty(directions, cells, BLOCK_STEPS * states, channels)
     pointers, lengths, strides, options = _prepare(u, delta, A, B, C, D, z, delta_bias, lengths)
-    grid = blocks, cells, directions
+    grid = cells, blocks, directions
     if grad_u.numel():
         with _on_device(grad_y):
             _scan_backward_kernel[grid](
@@ -626,7 +628,7 @@ def conv_forward(x, weight, bias, lengths, reverse, silu):
     cells, seq, channels = x[0].shape
     y = x[0].new_empty(len(x), cells, seq, channels)
     pointers, lengths, strides, options = _prepare_conv(x, weight, bias, lengths)
-    grid = triton.cdiv(channels, _CONV["CHANNELS"]), len(x) * cells, triton.cdiv(seq, _CONV["STEPS"])
+    grid = len(x) * cells, triton.cdiv(channels, _CONV["CHANNELS"]), triton.cdiv(seq, _CONV["STEPS"])
     if y.numel():
         with _on_device(y):
             _conv_forward_kernel[grid](
@@ -646,7 +648,7 @@ def conv_backward(grad_y, x, weight, bias, lengths, reverse, silu):
     grad_weight = x[0].new_empty(directions, cells * blocks, channels, width, dtype=torch.float32)
     grad_bias = x[0].new_empty(directions, cells * blocks, channels, dtype=torch.float32)
     pointers, lengths, strides, options = _prepare_conv(x, weight, bias, lengths)
-    grid = triton.cdiv(channels, _CONV["CHANNELS"]), directions * cells, blocks
+    grid = directions * cells, triton.cdiv(channels, _CONV["CHANNELS"]), blocks
     if grad_x.numel():
         with _on_device(grad_y):
             _conv_backward_kernel[grid](

@@ -1,11 +1,13 @@
 """The model: equations, invariances, outputs, and what users of Transformers models expect."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
 
 from panfoma_hf import PanFoMaForCellClassification, PanFoMaForMaskedExpression, PanFoMaModel
+from panfoma_hf.modeling import use_scan_backend
 from tests.conftest import pad_batch, random_cells, spread_out, tiny_config
 from tests.modeling.naive_panfoma import NaivePanFoMa
 
@@ -47,9 +49,28 @@ def test_encoder_layers_share_one_set_of_parameters_however_many_there_are():
     assert parameters[0] == parameters[1]
 
 
+@pytest.fixture(params=["reference", "numba", "triton"])
+def any_body(request):
+    """Each body of the scan that runs on this machine's CPU; Triton's in its interpreter."""
+    if request.param == "triton" and (torch.cuda.is_available() or importlib.util.find_spec("triton") is None):
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    with use_scan_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.usefixtures("any_body")
+def test_every_body_of_the_scan_gives_what_the_equations_say(model):
+    cell = random_cells([21])[0]
+    naive = NaivePanFoMa(model)(cell["input_ids"][0].tolist(), cell["expression_bins"][0].tolist())
+    outputs = model(**cell)
+    torch.testing.assert_close(outputs.pooler_output[0].double(), naive["pooler_output"], **TOLERANCE)
+    torch.testing.assert_close(outputs.last_hidden_state[0].double(), naive["last_hidden_state"], **TOLERANCE)
+
+
 # -- invariances ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("any_body")
 def test_a_cell_alone_is_the_same_cell_padded_in_a_batch(model):
     cells = random_cells(LENGTHS)
     batched = model(**pad_batch(cells, length=37))
@@ -61,6 +82,7 @@ def test_a_cell_alone_is_the_same_cell_padded_in_a_batch(model):
         assert not batched.gene_scores[row, length:].any()
 
 
+@pytest.mark.usefixtures("any_body")
 def test_no_gradient_reaches_a_pad(model):
     batch = pad_batch(random_cells([5, 21]))
     embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
@@ -70,6 +92,7 @@ def test_no_gradient_reaches_a_pad(model):
     assert not embeds.grad[0, 5:].any()
 
 
+@pytest.mark.usefixtures("any_body")
 def test_a_cell_depends_neither_on_its_neighbours_nor_on_the_order_of_the_batch(model):
     cells = random_cells([9, 21, 13])
     strangers = random_cells([21, 5, 30], seed=1)
@@ -85,6 +108,7 @@ def take(cell, order):
     return {key: values[:, order] for key, values in cell.items()}
 
 
+@pytest.mark.usefixtures("any_body")
 def test_genes_within_a_chunk_may_be_permuted(model):
     cell = random_cells([24])[0]
     order = torch.cat([start + torch.randperm(8) for start in (0, 8, 16)])
@@ -93,6 +117,7 @@ def test_genes_within_a_chunk_may_be_permuted(model):
     torch.testing.assert_close(permuted.last_hidden_state, outputs.last_hidden_state[:, order], **TOLERANCE)
 
 
+@pytest.mark.usefixtures("any_body")
 def test_chunks_may_be_permuted(model):
     cell = random_cells([24])[0]
     order = torch.cat([torch.arange(16, 24), torch.arange(0, 8), torch.arange(8, 16)])
@@ -367,6 +392,22 @@ def test_compiled_model_gives_the_same_output_and_gradients(head, backend, confi
         got.loss.backward()
         for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["reference", "triton", "mamba_ssm"])
+def test_a_cell_alone_is_the_same_in_a_batch_on_a_gpu_and_on_the_cpu(backend, model):
+    if backend != "reference":
+        pytest.importorskip(backend)
+    cells = random_cells(LENGTHS)
+    expected = [model(**cell).pooler_output[0] for cell in cells]
+    model = model.cuda()
+    with use_scan_backend(backend):
+        batched = model(**{name: tensor.cuda() for name, tensor in pad_batch(cells, length=37).items()}).pooler_output
+        for row, cell in enumerate(cells):
+            alone = model(**{name: tensor.cuda() for name, tensor in cell.items()}).pooler_output[0]
+            torch.testing.assert_close(batched[row], alone, **TOLERANCE)
+            torch.testing.assert_close(alone.cpu(), expected[row], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}], ids=["auto", "cpu"])

@@ -1,14 +1,17 @@
 """Every body of the scan and of the convolution: against equations written step by step, and against the reference."""
 
 import functools
+import inspect
 import itertools
 import os
 import threading
+import time
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from panfoma_hf.modeling import reference_kernels, selective_scan
 from panfoma_hf.modeling.selective_scan import (
@@ -50,6 +53,7 @@ OPTIONS = {
     "nothing": set(),
     "skip": {"D"},
     "gate": {"z"},
+    "bias": {"delta_bias"},
     "bias_and_softplus": {"delta_bias", "delta_softplus"},
     "softplus": {"delta_softplus"},
 }
@@ -397,43 +401,106 @@ def test_the_same_input_gives_the_same_bits(body):
 
 
 @bodies("reference", "numba", "triton", "mamba_ssm")
-def test_a_cell_does_not_see_its_neighbours_or_what_lies_beyond_its_end(body):
+@directions
+def test_a_cell_does_not_see_its_neighbours_or_what_lies_beyond_its_end(body, reverse):
     inputs, keywords = scan_inputs(40, batch=2, channels=3, dtype=torch.float32)
-    inputs = {name: tensor.detach().to(device_of(body)) for name, tensor in inputs.items()}
-    spoiled = {name: tensor.clone() for name, tensor in inputs.items()}
+    inputs = copies(inputs, device=device_of(body))
+    spoiled = copies(inputs)
+    with torch.no_grad():
+        for name in ("u", "delta", "B", "C", "z"):
+            spoiled[name][1] = torch.nan  # the neighbour
+            spoiled[name][0, :, 25:] = torch.nan  # beyond the end
+    keywords |= {"lengths": torch.tensor([25, 40], device=device_of(body)), "reverse": reverse, "backend": body}
+
+    def first_cell(**tensors):
+        y, state = selective_scan_fn(**tensors, **keywords, return_last_state=True)
+        return y[0], state[0]
+
+    clean, spoilt = (outputs_and_gradients(first_cell, tensors) for tensors in (inputs, spoiled))
+    assert not clean["output 0"][:, 25:].any()
+    for name in ("output 0", "output 1"):
+        torch.testing.assert_close(spoilt[name], clean[name], rtol=1e-6, atol=1e-6)
     for name in ("u", "delta", "B", "C", "z"):
-        spoiled[name][1] = torch.nan  # the neighbour
-        spoiled[name][0, :, 25:] = torch.nan  # beyond the end
-    lengths = torch.tensor([25, 40], device=device_of(body))
-    for reverse in (False, True):
-        run = {"lengths": lengths, "reverse": reverse, "backend": body, **keywords}
-        clean, spoilt = (selective_scan_fn(**tensors, **run)[0] for tensors in (inputs, spoiled))
-        torch.testing.assert_close(spoilt, clean, rtol=1e-6, atol=1e-6)
-        assert not clean[:, 25:].any()
+        of_cell = (gradients[f"gradient of {name}"][0] for gradients in (spoilt, clean))
+        torch.testing.assert_close(*of_cell, rtol=1e-5, atol=1e-5)
 
 
 @bodies("reference", "numba", "triton", "mamba_ssm")
-def test_nan_is_not_hidden(body):
-    for name in ("u", "delta", "z"):
-        inputs, keywords = scan_inputs(9, channels=20, dtype=torch.float32)
-        inputs = {key: tensor.detach().to(device_of(body)) for key, tensor in inputs.items()}
+def test_gradients_of_parameters_do_not_see_what_lies_beyond_an_end(body):
+    inputs, keywords = scan_inputs(40, batch=1, channels=3, dtype=torch.float32)
+    inputs = copies(inputs, device=device_of(body))
+    spoiled = copies(inputs)
+    with torch.no_grad():
+        for name in ("u", "delta", "B", "C", "z"):
+            spoiled[name][0, :, 25:] = torch.nan
+    keywords |= {"lengths": torch.tensor([25], device=device_of(body)), "backend": body}
+    clean, spoilt = (
+        outputs_and_gradients(lambda **t: selective_scan_fn(**t, **keywords, return_last_state=True), tensors)
+        for tensors in (inputs, spoiled)
+    )
+    torch.testing.assert_close(spoilt, clean, rtol=1e-5, atol=1e-5)
+
+
+@bodies("reference", "numba", "triton", "mamba_ssm")
+@pytest.mark.parametrize("name", ["u", "delta", "z", "A", "B", "C", "D", "delta_bias"])
+def test_nan_is_not_hidden(body, name):
+    inputs, keywords = scan_inputs(9, channels=20, dtype=torch.float32)
+    inputs = {key: tensor.detach().to(device_of(body)) for key, tensor in inputs.items()}
+    if inputs[name].ndim == 3:
         inputs[name][0, 0, 4] = torch.nan
-        assert selective_scan_fn(**inputs, **keywords, backend=body)[0, 0, 4].isnan(), name
+    else:
+        inputs[name][0] = torch.nan
+    assert selective_scan_fn(**inputs, **keywords, backend=body)[0, 0, 4].isnan()
+
+
+@bodies("reference", "numba", "triton")
+def test_neither_the_default_dtype_nor_autocast_narrows_the_scan(body):
+    inputs, keywords = scan_inputs(20, batch=2, channels=35, dtype=torch.float32)
+    conv = conv_inputs(20, batch=2, channels=35, dtype=torch.float32)
+    inputs, conv = copies(inputs, device=device_of(body)), copies(conv, device=device_of(body))
+
+    def run():
+        scanned = outputs_and_gradients(
+            lambda **t: selective_scan_fn(**t, **keywords, return_last_state=True, backend=body), inputs
+        )
+        convolved = outputs_and_gradients(lambda **t: causal_conv1d_fn(**t, activation="silu", backend=body), conv)
+        return [*scanned.values(), *convolved.values()]
+
+    expected = run()
+    with torch.autocast(device_of(body).type, dtype=torch.bfloat16):
+        torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 @bodies("numba", "triton")
-def test_channels_may_lie_anywhere_in_memory(body):
-    """As neighbours (a transpose of (batch, seq, channels)), apart, or as half of a wider tensor."""
+@directions
+def test_tensors_may_lie_anyhow_in_memory(body, reverse):
+    """Channels as neighbours (a transpose of (batch, seq, channels)) or apart, parts of wider tensors, expansions."""
     inputs, keywords = scan_inputs(20, batch=2, channels=32, dtype=torch.float32)
-    inputs = {name: tensor.detach().to(device_of(body)) for name, tensor in inputs.items()}
-    expected = selective_scan_fn(**inputs, **keywords, backend=body)
+    inputs = copies(inputs, device=device_of(body))
+    keywords |= {"reverse": reverse, "backend": body}
+    expected = outputs_and_gradients(lambda **t: selective_scan_fn(**t, **keywords), inputs)
     for name in ("u", "delta", "z", "B", "C"):
-        tensor = inputs[name]
-        wide = torch.cat([tensor, tensor], dim=1).transpose(1, 2).contiguous()
-        for view in (tensor.transpose(1, 2).contiguous().transpose(1, 2), wide.transpose(1, 2)[:, : tensor.shape[1]]):
+        tensor = inputs[name].detach()
+        wide = torch.cat([tensor, tensor], dim=1).transpose(1, 2).contiguous().transpose(1, 2)
+        for view in (tensor.transpose(1, 2).contiguous().transpose(1, 2), wide[:, : tensor.shape[1]]):
             assert view.stride(1) == 1
-            got = selective_scan_fn(**{**inputs, name: view}, **keywords, backend=body)
-            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+            got = outputs_and_gradients(
+                lambda **t: selective_scan_fn(**t, **keywords), {**inputs, name: view.requires_grad_()}
+            )
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    expanded = {**inputs, "u": inputs["u"].detach()[:1, :1, :1].expand(2, 32, 20).requires_grad_()}
+    packed = {**expanded, "u": expanded["u"].detach().clone().requires_grad_()}
+    sums = [
+        torch.autograd.grad(selective_scan_fn(**tensors, **keywords).sum(), list(tensors.values()))
+        for tensors in (expanded, packed)
+    ]
+    torch.testing.assert_close(*sums, rtol=1e-6, atol=1e-6)
 
 
 @bodies("reference", "numba", "triton")
@@ -603,8 +670,8 @@ def test_the_kernel_of_the_hub_is_taken_once_it_is_there(monkeypatch):
 
     function = Function()
     monkeypatch.setattr(selective_scan, "hub_selective_scan", function)
-    monkeypatch.setattr(selective_scan, "_mamba_ssm_package", lambda: None)
-    assert selective_scan._mamba_ssm_scan() is None
+    monkeypatch.setattr(selective_scan, "_import_problem", lambda backend: "it is not installed")
+    assert selective_scan._fastest_backend("cuda", False, scan=True) == "reference"
     calls = []
 
     def kernel(self, *args):
@@ -612,12 +679,64 @@ def test_the_kernel_of_the_hub_is_taken_once_it_is_there(monkeypatch):
         return reference_kernels.selective_scan_reference(*args)
 
     function.forward = types.MethodType(kernel, function)
-    assert selective_scan._mamba_ssm_scan() is function
     assert selective_scan._fastest_backend("cuda", False, scan=True) == "mamba_ssm"
     inputs = plain_inputs(dtype=torch.float32)
     y = selective_scan.selective_scan_mamba_ssm(**inputs, delta_softplus=True)
     torch.testing.assert_close(y, selective_scan_fn(**inputs, delta_softplus=True))
     assert len(calls) == 1
+
+
+def test_the_hubs_kernel_is_checked_against_the_parameters_that_it_has():
+    """The package kernels refuses a replacement whose parameters differ; the hub's follows Transformers' Mamba."""
+    ours, theirs = (
+        list(inspect.signature(function).parameters.values())
+        for function in (selective_scan.hub_selective_scan, mamba_selective_scan)
+    )
+    assert [(p.kind, p.default) for p in ours] == [(p.kind, p.default) for p in theirs]
+
+
+def test_a_choice_on_cuda_can_be_compiled():
+    """Imports that torch.compile cannot follow are made beside it."""
+
+    def choice(x):
+        return x + len(selective_scan._fastest_backend("cuda", False, True))
+
+    compiled = torch.compile(choice, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(torch.ones(2)), choice(torch.ones(2)))
+
+
+def test_a_package_that_cannot_be_imported_is_as_good_as_none(monkeypatch):
+    def broken(backend):
+        raise ImportError("Numba needs NumPy 2.3 or less")
+
+    monkeypatch.setattr(selective_scan, "_kernels", broken)
+    selective_scan._import_problem.cache_clear()
+    try:
+        inputs = plain_inputs(dtype=torch.float32)
+        expected = selective_scan_fn(**inputs, backend="reference")
+        torch.testing.assert_close(selective_scan_fn(**inputs), expected, rtol=0, atol=0)
+        with pytest.raises(ImportError, match=r"Numba needs NumPy 2\.3 or less.*pip install numba"):
+            selective_scan_fn(**inputs, backend="numba")
+    finally:
+        selective_scan._import_problem.cache_clear()
+
+
+def test_memory_is_kept_until_every_thread_is_done(monkeypatch):
+    """An error in one thread must not free what others still write to."""
+    numba_kernels = pytest.importorskip("panfoma_hf.modeling.numba_kernels")
+    running, failed = threading.Event(), []
+
+    def kernel(start, stop, scratch):
+        if threading.current_thread() is threading.main_thread():
+            running.wait(10)
+            raise MemoryError
+        running.set()
+        time.sleep(0.3)
+        failed.append("finished")
+
+    with pytest.raises(MemoryError):
+        numba_kernels._run(kernel, [()], 100, 10**9, 16, [])
+    assert failed == ["finished"]  # waited for, and nothing was started after the error
 
 
 @pytest.mark.parametrize(
@@ -646,13 +765,33 @@ def test_a_wrong_shape_of_a_convolution_is_an_error_that_names_the_tensor(name, 
 
 def test_directions_of_different_shapes_are_an_error():
     one, other = (ScanInputs(**plain_inputs(batch=batch)) for batch in (2, 3))
-    with pytest.raises(ValueError, match="Both directions must have tensors of the same shapes"):
+    with pytest.raises(
+        ValueError, match="Both directions must have tensors of the same shapes, dtypes and devices, got for `u`"
+    ):
         bidirectional_scan_fn(one, other)
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_known():
     with pytest.raises(ValueError, match="reference, numba, triton, mamba_ssm"):
         selective_scan_fn(**plain_inputs(), backend="warp")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_lengths_that_are_no_whole_numbers_are_an_error(dtype):
+    with pytest.raises(ValueError, match=r"`lengths` must be whole numbers.*mask\.sum"):
+        selective_scan_fn(**plain_inputs(), lengths=torch.ones(3, dtype=dtype))
+
+
+@bodies("reference", "numba", "triton")
+def test_lengths_beyond_the_sequence_are_the_sequence(body):
+    inputs = {name: tensor.to(device_of(body)) for name, tensor in plain_inputs(dtype=torch.float32).items()}
+    lengths = torch.tensor([12, 9, -1], dtype=torch.int32)
+    ys = [
+        selective_scan_fn(**inputs, lengths=given, reverse=True, backend=body)
+        for given in (lengths, lengths.clamp(0, 9))
+    ]
+    torch.testing.assert_close(*ys, rtol=0, atol=0)
+    assert not ys[0][2].any()
 
 
 def test_an_unknown_activation_is_an_error():
@@ -665,6 +804,9 @@ def test_tensors_on_two_devices_are_an_error():
     inputs = plain_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match="All tensors must be on one device"):
         selective_scan_fn(**{**inputs, "B": inputs["B"].to("meta")})
+    elsewhere = {name: tensor.to("meta") for name, tensor in inputs.items()}
+    with pytest.raises(ValueError, match="dtypes and devices"):
+        bidirectional_scan_fn(ScanInputs(**inputs), ScanInputs(**elsewhere))
     with pytest.raises(ValueError, match="All tensors must be on one device"):
         causal_conv1d_fn(inputs["u"], torch.zeros(3, 4, device="meta"))
 

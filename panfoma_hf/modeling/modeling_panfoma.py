@@ -227,6 +227,11 @@ class PanFoMaEncoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(mlp), weights
 
 
+# Chunks of about so many genes go through the encoder's layers together on a CPU: larger tensors leave the cache, and
+# the system's allocator clears their memory anew for every operator (docs/log.md).
+CPU_TOKENS = 4096
+
+
 class PanFoMaEncoder(nn.Module):
     """One encoder for all chunks, its layers sharing parameters within each group (paper: one group).
 
@@ -285,30 +290,57 @@ class PanFoMaEncoder(nn.Module):
 
     def _encode_chunks(self, chunks, attention_mask, output_hidden_states, output_attentions, **kwargs):
         """`forward` for chunks (batch, chunks, chunk, hidden) of one length."""
-        batch, num_chunks, _, hidden = chunks.shape
+        batch, num_chunks, size, hidden = chunks.shape
         cls = self.cls_token.to(chunks.dtype).expand(batch, num_chunks, 1, hidden)
         # Chunks fold into the batch: the one encoder reads them all in parallel.
         hidden_states = torch.cat([cls, chunks], dim=2).flatten(0, 1)
         if attention_mask is not None:
-            attention_mask = F.pad(attention_mask.reshape(len(hidden_states), -1), (1, 0), value=True)
-        # None where there are no pads: attention is faster without a mask.
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+            attention_mask = F.pad(attention_mask.reshape(batch * num_chunks, size), (1, 0), value=True)
+        at_once = len(hidden_states)
+        if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
+            at_once = max(1, CPU_TOKENS // (size + 1))
+        pieces = [
+            self._encode_sequences(
+                hidden_states[start : start + at_once],
+                attention_mask if attention_mask is None else attention_mask[start : start + at_once],
+                output_hidden_states,
+                output_attentions,
+                **kwargs,
+            )
+            for start in range(0, len(hidden_states), at_once)
+        ]
+        final, all_hidden_states, all_attentions = pieces[0]
+        if len(pieces) > 1:
+            final = torch.cat([piece[0] for piece in pieces])
+            all_hidden_states, all_attentions = (
+                tuple(torch.cat(layer) for layer in zip(*(piece[index] for piece in pieces), strict=True))
+                for index in (1, 2)
+            )
 
         def genes(states: Tensor) -> Tensor:
             return states.unflatten(0, (batch, num_chunks))[:, :, 1:].flatten(1, 2)
 
+        return (
+            genes(final),
+            final.unflatten(0, (batch, num_chunks))[:, :, 0],
+            tuple(genes(states) for states in all_hidden_states),
+            tuple(weights.unflatten(0, (batch, num_chunks)) for weights in all_attentions),
+        )
+
+    def _encode_sequences(self, hidden_states, attention_mask, output_hidden_states, output_attentions, **kwargs):
+        """The layers, for sequences (chunks, 1 + chunk, hidden): final states, and those and attentions of layers."""
+        # None where there are no pads: attention is faster without a mask.
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         all_hidden_states, all_attentions = (), ()
         layers_per_group = self.config.num_encoder_layers // self.config.num_hidden_groups
         for index in range(self.config.num_encoder_layers):
             layer = self.layer_groups[index // layers_per_group]
             hidden_states, weights = layer(hidden_states, mask, **kwargs)
             if output_hidden_states:
-                all_hidden_states += (genes(hidden_states),)
+                all_hidden_states += (hidden_states,)
             if output_attentions:
-                all_attentions += (weights.unflatten(0, (batch, num_chunks)),)
-        hidden_states = self.final_norm(hidden_states)
-        cls_states = hidden_states.unflatten(0, (batch, num_chunks))[:, :, 0]
-        return genes(hidden_states), cls_states, all_hidden_states, all_attentions
+                all_attentions += (weights,)
+        return self.final_norm(hidden_states), all_hidden_states, all_attentions
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -472,18 +472,19 @@ def warm_up(device: torch.device):
 
 PREFACE = """# Performance
 
-Written by `python scripts/benchmark_speed.py --report docs/performance.md`; `make bench` prints the same for your machine.
-What is compared ran in turn in one process: read ratios, not times. Peers have random weights and their published
-shapes. Memory is what a call takes at its peak beyond its inputs; with backward, the gradients of all inputs are in it.
+Written by `python scripts/benchmark_speed.py --report docs/performance.md`; `make bench` prints the same for your
+machine. What is compared ran in turn in one process: read ratios, not times. Peers have random weights and their
+published shapes. Memory is what a call takes at its peak beyond its inputs; with backward, the gradients of all inputs
+are in it.
 
 """
 NOT_MEASURED = """
 ## On a GPU
 
 Not yet measured: time and memory of the Triton kernels and of mamba-ssm's, which of them ought to be the default, FLOP
-utilisation of training, and cells a second. One command measures all of it: `python scripts/benchmark_speed.py --device cuda`;
-`pytest tests/modeling` then tests every body on that GPU too. Until then mamba-ssm's scan is taken on CUDA where it is
-installed, or fetched with `use_kernels=True`, and Triton's everywhere else.
+utilisation of training, and cells a second. One command measures all of it, `python scripts/benchmark_speed.py --device
+cuda`, and `pytest tests/modeling` tests every body on that GPU too. Until then mamba-ssm's scan is taken on CUDA where
+it is installed, or fetched with `use_kernels=True`, and Triton's everywhere else.
 """
 
 

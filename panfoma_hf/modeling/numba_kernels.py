@@ -279,6 +279,7 @@ for _symbol, _function in {"add": _add, "sub": _subtract, "mul": _multiply, "tru
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 _inline = njit(forceinline=True, **_OPTIONS)
+_function = njit(**_OPTIONS)  # too long to be compiled anew at every call
 
 
 def _kernel(function):
@@ -352,6 +353,12 @@ _NONE = _Sequence(0, 0, 0, 0)
 
 
 @_inline
+def _tile(scratch, offset):
+    """Address of a part of the scratch. A variable: Numba compiles a function anew for every constant it is given."""
+    return scratch + 4 * offset
+
+
+@_inline
 def _get(scratch, index):
     return _load(_F32, scratch, index)
 
@@ -417,9 +424,9 @@ def _ceil_div(a, b):
     return (a + b - 1) // b
 
 
-@_inline
-def _stage(kind, sequence, cell, start, steps, length, reverse, channel, lanes, tile, scratch):
-    """Where steps are neighbours in memory, not channels: transpose squares of sixteen of them into the scratch.
+@_function
+def _stage(kind, sequence, cell, start, steps, length, reverse, channel, lanes, tile):
+    """Where steps are neighbours in memory, not channels: transpose squares of sixteen of them to the address ``tile``.
 
     Returns how many steps of the block lie there then, in the order of the scan.
     """
@@ -430,15 +437,15 @@ def _stage(kind, sequence, cell, start, steps, length, reverse, channel, lanes, 
         t = length - LANES - start - i if reverse else start + i
         index = cell * sequence.batch + t + channel * sequence.channel
         row, stride = (i + LANES - 1, -LANES) if reverse else (i, LANES)
-        _load_square(kind, sequence.address, index, sequence.channel, scratch, tile + row * LANES, stride)
+        _load_square(kind, sequence.address, index, sequence.channel, tile, row * LANES, stride)
     return staged
 
 
 @_inline
 def _fetch(kind, sequence, cell, t, channel, lanes, i, staged, tile, scratch):
-    """Step i of a block: from the scratch if it was staged there, else from where it lies."""
+    """Step i of a block: from the address ``tile`` if it was staged there, else from where it lies."""
     if i < staged:
-        return _get(scratch, tile + i * LANES)
+        return _get(tile, i * LANES)
     return _read(kind, sequence, cell, t, channel, lanes, scratch)
 
 
@@ -554,14 +561,14 @@ def _scan_group(kind, a, cell, first, scratch):
             lanes = min(LANES, a.channels - channel)
             D = _vector_of(a.D, channel, lanes, scratch)
             bias = _vector_of(a.bias, channel, lanes, scratch)
-            staged_u = _stage(kind, a.u, cell, start, steps, length, a.reverse, channel, lanes, _INPUTS, scratch)
+            staged_u = _stage(kind, a.u, cell, start, steps, length, a.reverse, channel, lanes, _tile(scratch, _INPUTS))
             staged_delta = _stage(
-                kind, a.delta, cell, start, steps, length, a.reverse, channel, lanes, _DELTAS, scratch
+                kind, a.delta, cell, start, steps, length, a.reverse, channel, lanes, _tile(scratch, _DELTAS)
             )
             for i in range(steps):
                 t, here = _position(start + i, length, a.reverse), i * LANES
-                u = _fetch(kind, a.u, cell, t, channel, lanes, i, staged_u, _INPUTS, scratch)
-                raw = _fetch(kind, a.delta, cell, t, channel, lanes, i, staged_delta, _DELTAS, scratch)
+                u = _fetch(kind, a.u, cell, t, channel, lanes, i, staged_u, _tile(scratch, _INPUTS), scratch)
+                raw = _fetch(kind, a.delta, cell, t, channel, lanes, i, staged_delta, _tile(scratch, _DELTAS), scratch)
                 delta = _step_size(a, raw, bias)
                 _set(scratch, _DELTAS + here, delta)
                 _set(scratch, _INPUTS + here, delta * u)
@@ -574,12 +581,12 @@ def _scan_group(kind, a, cell, first, scratch):
                 exponent = _get(scratch, exponents + here)
                 state = _walk(a, cell, n, state, exponent, start, steps, length, False, scratch)
                 _set(scratch, carried + here, state)
-            staged_z = _stage(kind, a.z, cell, start, steps, length, a.reverse, channel, lanes, _INPUTS, scratch)
+            staged_z = _stage(kind, a.z, cell, start, steps, length, a.reverse, channel, lanes, _tile(scratch, _INPUTS))
             for i in range(steps):
                 t, here = _position(start + i, length, a.reverse), i * LANES
                 y = _get(scratch, _OUTPUTS + here)
                 if a.z.address != 0:
-                    z = _fetch(kind, a.z, cell, t, channel, lanes, i, staged_z, _INPUTS, scratch)
+                    z = _fetch(kind, a.z, cell, t, channel, lanes, i, staged_z, _tile(scratch, _INPUTS), scratch)
                     y = y * (z * _sigmoid(z))
                 _write(kind, a.y, cell, t, channel, lanes, scratch, y)
 
@@ -627,20 +634,22 @@ def _scan_group_back(kind, a, g, cell, first, scratch):
             D = _vector_of(a.D, channel, lanes, scratch)
             bias = _vector_of(a.bias, channel, lanes, scratch)
             grad_D = _get(scratch, sums_D + block * LANES)
-            staged_u = _stage(kind, a.u, cell, start, steps, length, a.reverse, channel, lanes, _U, scratch)
+            staged_u = _stage(kind, a.u, cell, start, steps, length, a.reverse, channel, lanes, _tile(scratch, _U))
             staged_delta = _stage(
-                kind, a.delta, cell, start, steps, length, a.reverse, channel, lanes, _RAW_DELTAS, scratch
+                kind, a.delta, cell, start, steps, length, a.reverse, channel, lanes, _tile(scratch, _RAW_DELTAS)
             )
-            staged_y = _stage(kind, g.y, cell, start, steps, length, a.reverse, channel, lanes, _GRAD_Y, scratch)
-            staged_z = _stage(kind, a.z, cell, start, steps, length, a.reverse, channel, lanes, _GATES, scratch)
+            staged_y = _stage(kind, g.y, cell, start, steps, length, a.reverse, channel, lanes, _tile(scratch, _GRAD_Y))
+            staged_z = _stage(kind, a.z, cell, start, steps, length, a.reverse, channel, lanes, _tile(scratch, _GATES))
             for i in range(steps):
                 t, here = _position(start + i, length, a.reverse), i * LANES
-                u = _fetch(kind, a.u, cell, t, channel, lanes, i, staged_u, _U, scratch)
-                raw = _fetch(kind, a.delta, cell, t, channel, lanes, i, staged_delta, _RAW_DELTAS, scratch)
+                u = _fetch(kind, a.u, cell, t, channel, lanes, i, staged_u, _tile(scratch, _U), scratch)
+                raw = _fetch(
+                    kind, a.delta, cell, t, channel, lanes, i, staged_delta, _tile(scratch, _RAW_DELTAS), scratch
+                )
                 delta = _step_size(a, raw, bias)
-                grad_output = _fetch(kind, g.y, cell, t, channel, lanes, i, staged_y, _GRAD_Y, scratch)
+                grad_output = _fetch(kind, g.y, cell, t, channel, lanes, i, staged_y, _tile(scratch, _GRAD_Y), scratch)
                 if a.z.address != 0:
-                    z = _fetch(kind, a.z, cell, t, channel, lanes, i, staged_z, _GATES, scratch)
+                    z = _fetch(kind, a.z, cell, t, channel, lanes, i, staged_z, _tile(scratch, _GATES), scratch)
                     grad_output = grad_output * (z * _sigmoid(z))
                 grad_D = _fma(grad_output, u, grad_D)
                 _set(scratch, _DELTAS + here, delta)
@@ -676,19 +685,21 @@ def _scan_group_back(kind, a, g, cell, first, scratch):
             grad_bias = _get(scratch, sums_bias + block * LANES)
             for i in range(steps):
                 t, here = _position(start + i, length, a.reverse), i * LANES
-                u = _fetch(kind, a.u, cell, t, channel, lanes, i, staged_u, _U, scratch)
+                u = _fetch(kind, a.u, cell, t, channel, lanes, i, staged_u, _tile(scratch, _U), scratch)
                 grad_input = _get(scratch, _GRAD_INPUTS + here)
                 grad_u = _fma(grad_input, _get(scratch, _DELTAS + here), D * _get(scratch, _GRAD_OUTPUTS + here))
                 _write(kind, g.u, cell, t, channel, lanes, scratch, grad_u)
                 grad_delta = _fma(grad_input, u, _get(scratch, _GRAD_DELTAS + here))
                 if a.softplus:
-                    raw = _fetch(kind, a.delta, cell, t, channel, lanes, i, staged_delta, _RAW_DELTAS, scratch)
+                    raw = _fetch(
+                        kind, a.delta, cell, t, channel, lanes, i, staged_delta, _tile(scratch, _RAW_DELTAS), scratch
+                    )
                     grad_delta = grad_delta * _sigmoid(raw + bias)
                 grad_bias = grad_bias + grad_delta
                 _write(kind, g.delta, cell, t, channel, lanes, scratch, grad_delta)
                 if a.z.address != 0:
-                    z = _fetch(kind, a.z, cell, t, channel, lanes, i, staged_z, _GATES, scratch)
-                    grad_y = _fetch(kind, g.y, cell, t, channel, lanes, i, staged_y, _GRAD_Y, scratch)
+                    z = _fetch(kind, a.z, cell, t, channel, lanes, i, staged_z, _tile(scratch, _GATES), scratch)
+                    grad_y = _fetch(kind, g.y, cell, t, channel, lanes, i, staged_y, _tile(scratch, _GRAD_Y), scratch)
                     grad_z = grad_y * _get(scratch, _OUTPUTS + here) * _silu_slope(z)
                     _write(kind, g.z, cell, t, channel, lanes, scratch, grad_z)
             _set(scratch, sums_bias + block * LANES, grad_bias)

@@ -28,10 +28,12 @@ from transformers import BertConfig, BertModel, MambaConfig, MambaModel
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from panfoma_hf import PanFoMaConfig, PanFoMaForMaskedExpression, PanFoMaModel
-from panfoma_hf.modeling import selective_scan_fn
+from panfoma_hf.modeling import selective_scan_fn, use_scan_backend
+from panfoma_hf.modeling.modeling_panfoma import PanFoMaDecoderLayer
+from panfoma_hf.modeling.selective_scan import BACKENDS
 
 
-PARTS = ("scan", "models", "floor", "growth", "training")
+PARTS = ("scan", "layer", "models", "floor", "growth", "training")
 SCAN_LENGTHS = (256, 512, 1024, 3072, 12288)
 MODEL_LENGTHS = (512, 1024, 3072, 12288)
 GROWTH_LENGTHS = (768, 1536, 3072, 6144, 12288)
@@ -187,6 +189,35 @@ def scan_call(body: Callable, tensors: list[Tensor], mode: str) -> Callable[[], 
         return torch.autograd.grad(loss, tensors)
 
     return forward if mode == "forward" else both
+
+
+def benchmark_layer(arguments, device: torch.device) -> str:
+    """A bidirectional layer of base on each body of the scan, forward and with backward."""
+    config = PanFoMaConfig.from_size("base")
+    layer = PanFoMaDecoderLayer(config).to(device)
+    cells, genes = arguments.layer_cells, arguments.layer_genes
+    states = torch.randn(cells, genes, config.hidden_size, device=device, requires_grad=True)
+    lengths = torch.full((cells,), genes, device=device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def call(backend, backward):
+        def run():
+            autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+            with use_scan_backend(backend), autocast, torch.set_grad_enabled(backward):
+                outputs = layer(states, lengths)
+            return torch.autograd.grad(outputs.sum(), [states, *layer.parameters()]) if backward else outputs
+
+        return run
+
+    rows = []
+    for backward in (False, True):
+        calls = {name: call(name, backward) for name in scan_bodies(device) if name in BACKENDS}
+        measured = in_turn(calls, device, arguments.repeats)
+        least = min(taken for taken, _ in measured.values())
+        mode = "forward + backward" if backward else "forward"
+        rows += [[mode, name, taken * 1e3, taken / least, peak] for name, (taken, peak) in measured.items()]
+    title = f"{cells} cells of {genes:,} genes, hidden {config.hidden_size}, {str(dtype).removeprefix('torch.')}.\n\n"
+    return title + table(["layer", "body", "ms", "time / fastest", "peak MiB"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -437,6 +468,8 @@ def parse_arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--channels", type=int, default=1024, help="of the scan")
     parser.add_argument("--scan-lengths", type=int, nargs="+", default=SCAN_LENGTHS)
+    parser.add_argument("--layer-cells", type=int, help="of the bidirectional layer; 32 on a GPU")
+    parser.add_argument("--layer-genes", type=int, default=3072)
     parser.add_argument("--model-lengths", type=int, nargs="+", default=MODEL_LENGTHS)
     parser.add_argument("--floor-lengths", type=int, nargs="+", default=(3072,))
     parser.add_argument("--growth-lengths", type=int, nargs="+", default=GROWTH_LENGTHS)
@@ -454,6 +487,7 @@ def parse_arguments(given: list[str] | None) -> argparse.Namespace:
     on_gpu = torch.device(arguments.device).type == "cuda"
     arguments.tokens_per_batch = arguments.tokens_per_batch or (98_304 if on_gpu else 3072)
     arguments.tokens_per_training_batch = arguments.tokens_per_training_batch or (98_304 if on_gpu else 3072)
+    arguments.layer_cells = arguments.layer_cells or (32 if on_gpu else 1)
     if arguments.picture is None:
         folder = arguments.report.parent if arguments.report else Path("runs/speed")
         arguments.picture = folder / "growth.png"
@@ -495,6 +529,7 @@ def main(given: list[str] | None = None) -> None:
     warm_up(device)
     titles = {
         "scan": (benchmark_scan, "The scan"),
+        "layer": (benchmark_layer, "A bidirectional layer"),
         "models": (benchmark_models, "Whole models"),
         "floor": (benchmark_floor, "The model and its floor"),
         "growth": (benchmark_growth, "Growth with length"),

@@ -78,10 +78,29 @@ def test_the_benchmark_prints_and_writes_its_tables(tmp_path):
         for argument in (f"--{part}-lengths", "16", *(["32"] if part == "growth" else []))
     ]
     report = tmp_path / "performance.md"
-    small = ("--sizes", "tiny", "--channels", "32", "--repeats", "1", "--tokens-per-batch", "32", "--no-peers")
+    small = (
+        "--sizes",
+        "tiny",
+        "--channels",
+        "32",
+        "--repeats",
+        "1",
+        "--tokens-per-batch",
+        "32",
+        "--no-peers",
+        "--layer-genes",
+        "16",
+    )
     printed = run_script("benchmark_speed.py", *small, *lengths, "--device", "cpu", "--report", report)
     written = report.read_text()
-    for heading in ("The scan", "Whole models", "The model and its floor", "Growth with length", "Training"):
+    for heading in (
+        "The scan",
+        "A bidirectional layer",
+        "Whole models",
+        "The model and its floor",
+        "Growth with length",
+        "Training",
+    ):
         assert f"## {heading}" in written
         assert f"## {heading}" in printed
     assert "Transformers' fallback" in written

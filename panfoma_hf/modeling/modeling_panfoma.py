@@ -267,7 +267,7 @@ class PanFoMaEncoder(nn.Module):
         parts = [
             self._encode_chunks(
                 embeddings[:, start:stop].unflatten(1, (max(1, (stop - start) // size), -1)),
-                attention_mask if attention_mask is None else attention_mask[:, start:stop],
+                attention_mask[:, start:stop],
                 output_hidden_states,
                 output_attentions,
                 **kwargs,
@@ -294,15 +294,14 @@ class PanFoMaEncoder(nn.Module):
         cls = self.cls_token.to(chunks.dtype).expand(batch, num_chunks, 1, hidden)
         # Chunks fold into the batch: the one encoder reads them all in parallel.
         hidden_states = torch.cat([cls, chunks], dim=2).flatten(0, 1)
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask.reshape(batch * num_chunks, size), (1, 0), value=True)
+        attention_mask = F.pad(attention_mask.reshape(batch * num_chunks, size), (1, 0), value=True)
         at_once = len(hidden_states)
         if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
             at_once = max(1, CPU_TOKENS // (size + 1))
         pieces = [
             self._encode_sequences(
                 hidden_states[start : start + at_once],
-                attention_mask if attention_mask is None else attention_mask[start : start + at_once],
+                attention_mask[start : start + at_once],
                 output_hidden_states,
                 output_attentions,
                 **kwargs,

@@ -60,10 +60,10 @@ def causal_conv1d_reference(x, weight, bias=None, activation=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Autograd through a loop over the sequence would keep every step's tensors and call a dozen
-# operators a step. Here one block of steps is vectorised at a time, the loop itself is one multiply-add a step, only
-# the states between blocks are kept, and the backward pass recomputes a block from the state before it. It is a custom
-# operator so that torch.compile takes it whole instead of unrolling thousands of steps.
+# Autograd through a loop over the sequence would keep every step's tensors and call a dozen operators a step. Here one
+# block of steps is vectorised at a time, the loop itself is one multiply-add a step, only the states between blocks are
+# kept, and the backward pass recomputes a block from the state before it. It is a custom operator so that torch.compile
+# takes it whole instead of unrolling thousands of steps.
 # ----------------------------------------------------------------------------------------------------------------------
 
 # The same file may be loaded twice in a process, from the package and from a checkpoint: each needs a name of its own,

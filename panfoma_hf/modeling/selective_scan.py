@@ -18,13 +18,14 @@ mamba_ssm   on CUDA, where installed or fetched from     the package mamba-ssm, 
 ==========  ===========================================  ==============================================
 
 Beyond mamba-ssm's signature all of them take each cell's own length, and a direction: backwards, a cell is read from
-its own last step to its first, without a copy of it turned round.
+its own last step to its first. The kernels of Numba and Triton do so in place; around the other two, copies are turned.
 """
 
 import contextlib
 import functools
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -524,11 +525,11 @@ _NAMESPACE = "panfoma_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
 
 
 class _Kernels(NamedTuple):
-    scan_forward: callable
-    scan_backward: callable
-    boundaries_shape: callable
-    conv_forward: callable
-    conv_backward: callable
+    scan_forward: Callable
+    scan_backward: Callable
+    boundaries_shape: Callable
+    conv_forward: Callable
+    conv_backward: Callable
 
 
 @functools.cache

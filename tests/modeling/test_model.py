@@ -8,6 +8,7 @@ import torch
 
 from panfoma_hf import PanFoMaForCellClassification, PanFoMaForMaskedExpression, PanFoMaModel
 from panfoma_hf.modeling import use_scan_backend
+from panfoma_hf.modeling.modeling_panfoma import PanFoMaAttention
 from tests.conftest import pad_batch, random_cells, spread_out, tiny_config
 from tests.modeling.naive_panfoma import NaivePanFoMa
 
@@ -199,6 +200,21 @@ def test_attentions_are_rows_of_weights_that_ignore_pads(config):
     rows[:, 2, :, 6:] = 0  # the last chunk has 5 genes
     torch.testing.assert_close(attention.sum(-1), rows)
     assert not attention[1, 0, :, :, 6:].any()
+
+
+def test_chunks_without_pads_skip_the_mask(config, monkeypatch):
+    """Only the last, shorter chunks of this batch hold pads."""
+    model = PanFoMaModel._from_config(config, attn_implementation="sdpa").eval()
+    masks = []
+    attend = PanFoMaAttention.forward
+
+    def spy(self, hidden_states, attention_mask, **kwargs):
+        masks.append((hidden_states.shape[1] - 1, attention_mask is None))
+        return attend(self, hidden_states, attention_mask, **kwargs)
+
+    monkeypatch.setattr(PanFoMaAttention, "forward", spy)
+    model(**pad_batch(random_cells([21, 18])))
+    assert set(masks) == {(8, True), (5, False)}
 
 
 def test_attentions_without_eager_attention_are_an_error(config):

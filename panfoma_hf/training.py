@@ -44,7 +44,8 @@ DEFAULT_ARGUMENTS = {
 # What `save_checkpoint` writes, and so may replace.
 CHECKPOINT_FILES = re.compile(
     r".+\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer_config\.json|added_tokens\.json|genes\.tsv\.gz|"
-    r"(configuration|modeling|tokenization)_panfoma\.py|selective_scan\.py|(reference|numba|triton)_kernels\.py|expression\.py"
+    r"(configuration|modeling|tokenization)_panfoma\.py|selective_scan\.py|(reference|numba|triton)_kernels\.py|expression\.py|"
+    r"gene_names\.py|value_scale\.py|token_kernels\.py"
 )
 
 

@@ -2,11 +2,12 @@
 
     python scripts/build_gene_table.py hgnc_complete_set.txt.gz --date 2024-10-18
 
-HGNC publishes the set at https://www.genenames.org/download/archive/ in the public domain (CC0). The table keeps
-protein-coding genes, long non-coding RNAs, immunoglobulin and T-cell-receptor genes, and the RNA genes of the
-mitochondrion; pseudogenes and small RNAs are left out, as 3' counting hardly sees them. Rows are in the order of
-HGNC's numbers, which only ever grow: token ids change little when the table is built anew. The same input gives the
-same bytes.
+HGNC publishes the set at https://www.genenames.org/download/archive/ in the public domain (CC0). Protein-coding genes,
+long non-coding RNAs, immunoglobulin and T-cell-receptor genes, and the RNA genes of the mitochondrion are the
+vocabulary and get a token id; pseudogenes, small RNAs and the rest, which 3' counting hardly sees, are listed without
+one, so that their names are recognised and never taken for another gene's alias. Rows are in the order of HGNC's
+numbers, which only ever grow: token ids change little when the table is built anew. The same input gives the same
+bytes.
 """
 
 import argparse
@@ -17,7 +18,16 @@ from pathlib import Path
 
 
 OUTPUT = Path(__file__).resolve().parent.parent / "panfoma_hf" / "tokenization" / "genes.tsv.gz"
-COLUMNS = ["hgnc_id", "symbol", "ensembl_id", "ncbi_gene_id", "locus_group", "previous_symbols", "alias_symbols"]
+COLUMNS = [
+    "token_id",
+    "hgnc_id",
+    "symbol",
+    "ensembl_id",
+    "ncbi_gene_id",
+    "locus_group",
+    "previous_symbols",
+    "alias_symbols",
+]
 LOCUS_GROUPS = {
     "gene with protein product": "protein-coding",
     "RNA, long non-coding": "lncRNA",
@@ -27,11 +37,16 @@ LOCUS_GROUPS = {
 MITOCHONDRIAL_RNA = {"RNA, transfer", "RNA, ribosomal"}
 
 
-def locus_group(row: dict[str, str]) -> str | None:
-    """The table's group of a gene of the complete set, or None where the table leaves it out."""
-    if row["location"] == "mitochondria" and row["locus_type"] in MITOCHONDRIAL_RNA:
-        return "mitochondrial RNA"
-    return LOCUS_GROUPS.get(row["locus_type"])
+def locus_group(row: dict[str, str]) -> tuple[str, bool]:
+    """The table's group of a gene of the complete set, and whether the group is part of the vocabulary."""
+    locus_type = row["locus_type"]
+    if row["location"] == "mitochondria" and locus_type in MITOCHONDRIAL_RNA:
+        return "mitochondrial RNA", True
+    if locus_type in LOCUS_GROUPS:
+        return LOCUS_GROUPS[locus_type], True
+    if "pseudogene" in locus_type:
+        return "pseudogene", False
+    return ("small RNA" if locus_type.startswith("RNA, ") else "other locus"), False
 
 
 def select_genes(complete_set: Path) -> list[list[str]]:
@@ -39,20 +54,23 @@ def select_genes(complete_set: Path) -> list[list[str]]:
     opener = gzip.open if complete_set.suffix == ".gz" else open
     with opener(complete_set, "rt", encoding="utf-8", newline="") as file:
         genes = [row for row in csv.DictReader(file, delimiter="\t") if row["status"] == "Approved"]
-    rows = [
-        [
-            row["hgnc_id"],
-            row["symbol"],
-            row["ensembl_gene_id"],
-            row["entrez_id"],
-            locus_group(row),
-            row["prev_symbol"],
-            row["alias_symbol"],
-        ]
-        for row in genes
-        if locus_group(row)
-    ]
-    return sorted(rows, key=lambda row: int(row[0].removeprefix("HGNC:")))
+    rows, num_tokens = [], 0
+    for gene in sorted(genes, key=lambda gene: int(gene["hgnc_id"].removeprefix("HGNC:"))):
+        group, in_vocabulary = locus_group(gene)
+        num_tokens += in_vocabulary
+        rows.append(
+            [
+                str(num_tokens) if in_vocabulary else "",
+                gene["hgnc_id"],
+                gene["symbol"],
+                gene["ensembl_gene_id"],
+                gene["entrez_id"],
+                group,
+                gene["prev_symbol"],
+                gene["alias_symbol"],
+            ]
+        )
+    return rows
 
 
 def write_table(rows: list[list[str]], date: str, output: Path) -> None:
@@ -73,7 +91,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = select_genes(arguments.complete_set)
     write_table(rows, arguments.date, arguments.output)
-    print(f"{len(rows)} genes, {arguments.output.stat().st_size / 1024:.0f} KiB in {arguments.output}")
+    num_tokens = sum(row[0] != "" for row in rows)
+    size = arguments.output.stat().st_size / 1024
+    print(f"{len(rows)} genes, {num_tokens} of them tokens, {size:.0f} KiB in {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ TRAVELLING = [
     *sorted((PACKAGE / "modeling").glob("*_panfoma.py")),
     PACKAGE / "modeling" / "selective_scan.py",
     *sorted((PACKAGE / "modeling").glob("*_kernels.py")),
-    PACKAGE / "tokenization" / "expression.py",
-    PACKAGE / "tokenization" / "tokenization_panfoma.py",
+    *(path for path in sorted((PACKAGE / "tokenization").glob("*.py")) if path.name != "__init__.py"),
 ]
 
 # Which parts of the package each part may import.

@@ -65,9 +65,11 @@ def test_the_gene_table_is_built_in_hgnc_order_and_the_same_each_time(name, tmp_
     lines = gzip.decompress(outputs[0].read_bytes()).decode().splitlines()
     assert "2024-10-18" in lines[0]
     assert [line.split("\t") for line in lines[2:]] == [
-        ["HGNC:4", "GENE1", "ENSG00000000001", "1", "protein-coding", "", "G1"],
-        ["HGNC:6", "MT-TX", "ENSG00000000003", "3", "mitochondrial RNA", "", ""],
-        ["HGNC:30", "GENE2", "ENSG00000000002", "2", "lncRNA", "OLD2|OLDER2", ""],
+        ["1", "HGNC:4", "GENE1", "ENSG00000000001", "1", "protein-coding", "", "G1"],
+        ["", "HGNC:5", "PSEUDO", "", "", "pseudogene", "", ""],
+        ["2", "HGNC:6", "MT-TX", "ENSG00000000003", "3", "mitochondrial RNA", "", ""],
+        ["", "HGNC:7", "TX", "ENSG00000000004", "4", "small RNA", "", ""],
+        ["3", "HGNC:30", "GENE2", "ENSG00000000002", "2", "lncRNA", "OLD2|OLDER2", ""],
     ]
 
 

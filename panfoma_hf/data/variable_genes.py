@@ -32,7 +32,7 @@ def variable_genes(
     layer: str | None = None,
     gene_column: str | None = None,
 ) -> list[str]:
-    """Names of the most variable genes, by Pearson residuals of counts (Lause et al., Genome Biology 2021; scanpy).
+    """Find the most variable genes, by Pearson residuals of counts (Lause et al., Genome Biology 2021; scanpy).
 
     Dispersion of log-normalised values, the older way, compares genes of like mean and so leaves out the very genes
     that name a cell when they tower over all others: insulin, glucagon and somatostatin in the pancreas.
@@ -44,7 +44,8 @@ def variable_genes(
     num_genes
         How many genes; all where there are fewer.
     tokenizer
-        Restricts the choice to genes that it knows; None chooses among all.
+        Restricts the choice to genes that it knows, by their approved symbols, with columns of one gene added up; None
+        chooses among all columns.
     layer, gene_column
         As in `panfoma_hf.finetune`.
 
@@ -65,9 +66,13 @@ def variable_genes(
             f"Variable genes are found on counts, got values in {source} that are no whole numbers. "
             "Name the layer with counts, or pass the names of genes as `gene_set`."
         )
-    known = np.ones(len(names), dtype=bool) if tokenizer is None else tokenizer.resolve_genes(names).token_ids >= 0
-    expressed = np.asarray((matrix > 0).sum(axis=0)).ravel() > 0
-    chosen = np.flatnonzero(known & expressed)
+    if tokenizer is not None:
+        resolution = tokenizer.resolve_genes(names)
+        known = np.flatnonzero(resolution.token_ids >= 0)
+        tokens, gene_of_column = np.unique(resolution.token_ids[known], return_inverse=True)
+        gene_of_column = sp.csr_matrix((np.ones(len(known)), (known, gene_of_column)), (len(names), len(tokens)))
+        matrix, names = matrix @ gene_of_column, np.array(tokenizer.convert_ids_to_tokens(tokens.tolist()))
+    chosen = np.flatnonzero((matrix > 0).sum(axis=0))
     cells = ad.AnnData(matrix[:, chosen], var={"name": names[chosen]})
     scanpy.experimental.pp.highly_variable_genes(cells, n_top_genes=min(num_genes, cells.n_vars))
     return cells.var["name"][cells.var["highly_variable"]].tolist()

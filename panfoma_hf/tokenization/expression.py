@@ -1,5 +1,5 @@
 # Copyright 2026 The PanFoMa-HF authors. Licensed under the Apache License, Version 2.0.
-"""Expression as numbers: finding and checking a matrix, binning its values, and a fixed order of genes.
+"""Expression as numbers: finding and checking a matrix, cells to tokens, and a fixed order of genes.
 
 Pure functions, which know nothing of genes' names.
 """
@@ -10,7 +10,78 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def quantile_bins(values: np.ndarray, cells: np.ndarray, num_bins: int) -> np.ndarray:
+# In a cell with columns of one gene, values this close are tied: CPM of 1 and 2 counts do not add up to the very bits
+# of CPM of 3. Counts are further apart up to 250,000, and float32 rounds log1p(CPM) to a few times less.
+SUM_TOLERANCE = 4e-6
+
+
+def bin_cells(
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    values: np.ndarray,
+    token_of_column: np.ndarray,
+    vocab_size: int,
+    num_bins: int,
+    max_length: int | None = None,
+    log_base: float | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokenize cells that lie one after the other as in a CSR matrix. The plain twin of `token_kernels.bin_cells`.
+
+    Parameters
+    ----------
+    indptr
+        (cells + 1,), where each cell's entries start.
+    genes, values
+        (entries,), columns and their values.
+    token_of_column
+        (columns,), token ids; -1 for a column to leave out. Columns of one token are added up.
+    vocab_size
+        Token ids are below this.
+    num_bins
+        Bins for non-zero expression.
+    max_length
+        Tokens of a cell that are kept, in the order of `draw_order`; None keeps all. Bins are of all.
+    log_base
+        Base of the logarithm if values are ``log(1 + x)``: then those of one token are added up as x.
+
+    Returns
+    -------
+    Token ids (tokens,) int32, bins (tokens,) uint8 or int32, and the number of tokens of each cell (cells,) int64.
+
+    Raises
+    ------
+    ValueError
+        If a value is negative, NaN or infinite, or a column is out of range.
+    """
+    check_values(values, "the matrix")
+    check_genes(genes, len(token_of_column))
+    cells = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    tokens = token_of_column[genes]
+    kept = (tokens >= 0) & (values != 0)
+    cells, tokens, values = cells[kept], tokens[kept], values[kept].astype(np.float64)  # sums must not overflow
+    order = np.lexsort((draw_order(vocab_size)[tokens], cells))
+    cells, tokens, values = cells[order], tokens[order], values[order]
+    new_token = np.append(True, (cells[1:] != cells[:-1]) | (tokens[1:] != tokens[:-1]))[: len(tokens)]
+    tolerance = np.zeros(len(indptr) - 1)
+    if not new_token.all():
+        tolerance[cells[~new_token]] = SUM_TOLERANCE
+        if log_base is not None:
+            values = np.where(tolerance[cells] > 0, np.expm1(values * np.log(log_base)), values)
+        values = np.add.reduceat(values, np.flatnonzero(new_token))
+        cells, tokens = cells[new_token], tokens[new_token]
+
+    bins = quantile_bins(values, cells, num_bins, tolerance[cells])
+    lengths = np.bincount(cells, minlength=len(indptr) - 1)
+    if max_length is not None and lengths.max(initial=0) > max_length:
+        place_in_cell = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        kept = place_in_cell < max_length
+        tokens, bins, lengths = tokens[kept], bins[kept], np.minimum(lengths, max_length)
+    return tokens.astype(np.int32), bins.astype(np.uint8 if num_bins < 256 else np.int32), lengths
+
+
+def quantile_bins(
+    values: np.ndarray, cells: np.ndarray, num_bins: int, tolerance: np.ndarray | float = 0.0
+) -> np.ndarray:
     """Bin each value by its rank within its cell.
 
     A value that stands at ranks ``low`` to ``high - 1`` among the ``n`` values of its cell (tied values share their
@@ -26,6 +97,8 @@ def quantile_bins(values: np.ndarray, cells: np.ndarray, num_bins: int) -> np.nd
         (values,), the cell of each value.
     num_bins
         Number of bins.
+    tolerance
+        (values,), by which share of itself a value may differ from the next lower one of its cell and be tied with it.
 
     Returns
     -------
@@ -34,7 +107,8 @@ def quantile_bins(values: np.ndarray, cells: np.ndarray, num_bins: int) -> np.nd
     order = np.lexsort((values, cells))
     sorted_values, sorted_cells = values[order], cells[order]
     new_cell = np.append(True, sorted_cells[1:] != sorted_cells[:-1])[: len(order)]
-    new_value = new_cell | np.append(True, sorted_values[1:] != sorted_values[:-1])[: len(order)]
+    margin = np.broadcast_to(tolerance, values.shape)[order] * sorted_values
+    new_value = new_cell | np.append(True, np.diff(sorted_values) > margin[1:])[: len(order)]
     cell_start, cell_size = _runs(new_cell)
     run_start, run_size = _runs(new_value)
     twice_middle_rank = 2 * (run_start - cell_start) + run_size
@@ -125,12 +199,11 @@ def choose_matrix(adata, layer: str | None = None, gene_column: str | None = Non
     return matrix, np.asarray(names), source
 
 
-def expressed_entries(matrix, source: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Cells, genes and values of the non-zero entries of a dense or sparse (cells, genes) matrix, and its height."""
+def compressed_rows(matrix, source: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each row's entries start, their columns and their values, of a dense or sparse (cells, genes) matrix."""
     if hasattr(matrix, "tocsr"):
         matrix = matrix.tocsr()
-        cells = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-        genes, values = matrix.indices, matrix.data
+        indptr, genes, values = matrix.indptr, matrix.indices, matrix.data
     else:
         if matrix.ndim != 2:
             raise ValueError(
@@ -139,18 +212,16 @@ def expressed_entries(matrix, source: str) -> tuple[np.ndarray, np.ndarray, np.n
             )
         cells, genes = np.nonzero(matrix)
         values = matrix[cells, genes]
+        indptr = np.append(0, np.cumsum(np.bincount(cells, minlength=len(matrix))))
     if not (np.issubdtype(values.dtype, np.number) or values.dtype == bool) or np.iscomplexobj(values):
         raise TypeError(
             f"Expression must be real numbers, got dtype {values.dtype} in {source}. Convert it, or pass another layer."
         )
-    _check_values(values, source)
-    expressed = values != 0
-    if not expressed.all():  # zeros that a sparse matrix stores
-        cells, genes, values = cells[expressed], genes[expressed], values[expressed]
-    return cells, genes, values, matrix.shape[0]
+    return indptr, genes, values
 
 
-def _check_values(values: np.ndarray, source: str) -> None:
+def check_values(values: np.ndarray, source: str) -> None:
+    """Raise ValueError unless all values are finite and not negative."""
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         raise ValueError(
             f"Expression must be finite, got {int((~np.isfinite(values)).sum()):,} NaN or infinite values in {source}. "
@@ -161,6 +232,15 @@ def _check_values(values: np.ndarray, source: str) -> None:
             f"Expression must not be negative, got {int((values < 0).sum()):,} negative values in {source}, the lowest "
             f"{values.min():g}. Scaled or centred data cannot be binned: pass counts, CPM or log1p(CPM), such as a "
             "layer by `layer=`."
+        )
+
+
+def check_genes(genes: np.ndarray, num_columns: int) -> None:
+    """Raise ValueError unless all columns of a sparse matrix are within its width."""
+    if len(genes) and not 0 <= genes.min() <= genes.max() < num_columns:
+        raise ValueError(
+            f"Columns of a sparse matrix must be 0 to {num_columns - 1:,}, got {genes.min():,} to {genes.max():,}. "
+            "The matrix is damaged: build or download it again."
         )
 
 

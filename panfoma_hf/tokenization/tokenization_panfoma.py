@@ -5,11 +5,9 @@ A token is one gene with its bin. The tokenizer is a pure function: the same cel
 whatever else is in its file. What is random in training is drawn by the data collator.
 """
 
-import gzip
+import functools
 import hashlib
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +15,15 @@ import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import logging
 
-from .expression import choose_matrix, draw_order, examples, expressed_entries, is_anndata, quantile_bins
+from .expression import bin_cells as plain_bin_cells
+from .expression import check_genes, choose_matrix, compressed_rows, examples, is_anndata
+from .gene_names import GeneResolution, gene_table
+from .value_scale import ValueScale, value_scale
 
 
 logger = logging.get_logger(__name__)
 
 GENES_FILE = "genes.tsv.gz"
-# Version suffixes count revisions of a gene's model, not other genes; _PAR_Y is the Y copy of a gene shared with X.
-_ENSEMBL_ID = re.compile(r"(ENSG\d{11})(\.\d+)?(_PAR_Y)?")
 # Keys of an encoding that have one value a gene, and their dtypes in padded arrays.
 _SEQUENCE_KEYS = ("input_ids", "expression_bins", "attention_mask")
 
@@ -32,34 +31,6 @@ _SEQUENCE_KEYS = ("input_ids", "expression_bins", "attention_mask")
 # ----------------------------------------------------------------------------------------------------------------------
 # Results
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GeneResolution:
-    """What each gene name was taken for.
-
-    Parameters
-    ----------
-    names
-        (genes,), the names as given.
-    token_ids
-        (genes,) int64; -1 where a name was not resolved.
-    rule
-        (genes,) strings: "approved symbol", "Ensembl id", "added token", "ambiguous" or "unknown".
-    """
-
-    names: np.ndarray
-    token_ids: np.ndarray
-    rule: np.ndarray
-
-    @property
-    def num_resolved(self) -> int:
-        """How many names stand for a gene of the vocabulary."""
-        return int((self.token_ids >= 0).sum())
-
-    def __str__(self) -> str:
-        rules = ", ".join(f"{count:,} by {rule}" for rule, count in Counter(self.rule.tolist()).most_common())
-        return f"{self.num_resolved:,} of {len(self.names):,} gene names resolved ({rules})"
 
 
 @dataclass(frozen=True)
@@ -153,7 +124,8 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
                 "start. Leave `padding_side` out."
             )
         self._genes_bytes = _read_genes_file(genes_file, genes_sha256)
-        self._set_genes(self._genes_bytes)
+        self._genes = gene_table(self._genes_bytes)
+        self._id_of_symbol = {symbol: token_id for token_id, symbol in enumerate(self._genes.symbols, start=1)}
         self._pad_symbol = str(pad_token)
         self.num_expression_bins = num_expression_bins
         self.genes_sha256 = hashlib.sha256(self._genes_bytes).hexdigest()
@@ -168,26 +140,12 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         )
         self.gene_set = gene_set
 
-    def _set_genes(self, table: bytes) -> None:
-        lines = gzip.decompress(table).decode("utf-8").splitlines()
-        self.gene_table_source = lines[0].removeprefix("# ")
-        columns = lines[1].split("\t")
-        rows = [line.split("\t") for line in lines[2:]]
-        self._symbols = [row[columns.index("symbol")] for row in rows]
-        self._id_of_symbol = {symbol: token_id for token_id, symbol in enumerate(self._symbols, start=1)}
-        ensembl = [row[columns.index("ensembl_id")] for row in rows]
-        # Few Ensembl ids stand for two HGNC genes; which of them was counted cannot be known.
-        self._ambiguous = {name for name, count in Counter(ensembl).items() if name and count > 1}
-        self._id_of_ensembl = {
-            name: token_id for token_id, name in enumerate(ensembl, start=1) if name and name not in self._ambiguous
-        }
-
     # -- vocabulary ------------------------------------------------------------------------------------------------
 
     @property
     def vocab_size(self) -> int:
         """Padding and the genes of the table, without added tokens; ``len(tokenizer)`` counts those too."""
-        return 1 + len(self._symbols)
+        return 1 + len(self._genes.symbols)
 
     def get_vocab(self) -> dict[str, int]:
         """Approved symbols, padding and added tokens, with their ids."""
@@ -201,7 +159,7 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             raise ValueError(
                 f"Gene ids are 0 to {len(self) - 1:,}, got {index}. Decode `input_ids`, not labels or bins."
             )
-        return self._pad_symbol if index == 0 else self._symbols[index - 1]
+        return self._pad_symbol if index == 0 else self._genes.symbols[index - 1]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Gene symbols, separated by a space."""
@@ -246,36 +204,37 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
 
     # -- genes -----------------------------------------------------------------------------------------------------
 
-    def resolve_genes(self, names: Sequence[str]) -> GeneResolution:
-        """Find the gene that each name stands for: approved HGNC symbols, and Ensembl ids with or without version.
+    @property
+    def gene_table_source(self) -> str:
+        """Where the gene table comes from, with its date."""
+        return self._genes.source
+
+    def resolve_genes(self, names: Sequence[str], counts: np.ndarray | None = None) -> GeneResolution:
+        """Find the gene that each name stands for.
+
+        In this order: HGNC's approved symbols; Ensembl ids with or without version, HGNC ids, NCBI Gene ids;
+        previous symbols; aliases; all of these in another case or with other separators; symbols that a spreadsheet
+        took for dates; symbols with a number that ``make_unique`` appended. White space, quotes and genome prefixes
+        are taken off first. A name of several genes is reported as ambiguous, not guessed.
 
         Parameters
         ----------
         names
             (genes,), such as ``adata.var_names``.
+        counts
+            (genes,), each column's sum over cells, for the share of counts that is covered; or None.
+
+        Returns
+        -------
+        The token id and the rule for each name; print it for a table.
         """
         if isinstance(names, str):
             raise TypeError(f"Gene names must be a list, got the string {names!r}. Put it into a list.")
         names = np.asarray(names, dtype=object)
         if names.ndim != 1:
             raise ValueError(f"Gene names must be one list, got {names.ndim} dimensions. Flatten them.")
-        resolved = [self._resolve_gene(str(name)) for name in names]
-        return GeneResolution(
-            names=names,
-            token_ids=np.array([token_id for token_id, _ in resolved], dtype=np.int64),
-            rule=np.array([rule for _, rule in resolved], dtype=object),
-        )
-
-    def _resolve_gene(self, name: str) -> tuple[int, str]:
-        if (token_id := self._id_of_symbol.get(name)) is not None:
-            return token_id, "approved symbol"
-        if match := _ENSEMBL_ID.fullmatch(name):
-            if (token_id := self._id_of_ensembl.get(match[1])) is not None:
-                return token_id, "Ensembl id"
-            if match[1] in self._ambiguous:
-                return -1, "ambiguous"
-        token_id = self.get_added_vocab().get(name, 0)
-        return (token_id, "added token") if token_id else (-1, "unknown")
+        resolution = self._genes.resolve(names, self.get_added_vocab())
+        return resolution if counts is None else resolution.with_counts(counts)
 
     # -- cells -----------------------------------------------------------------------------------------------------
 
@@ -287,12 +246,13 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         layer: str | None = None,
         gene_column: str | None = None,
         max_length: int | None = None,
+        min_coverage: float = 0.0,
+        scale: ValueScale | None = None,
     ) -> CellTokens:
         """Tokenize many cells into flat arrays; what a data set or a file of any size is built from.
 
         Each cell is restricted to the genes of the vocabulary, or of ``gene_set``, before its values are ranked, so
-        its tokens do not depend on which other genes its file has. Columns of the same gene are added up, as counts
-        are; on another scale that is not the sum of the counts, so such files are best read as counts.
+        its tokens do not depend on which other genes its file has. Columns of the same gene are added up.
 
         Parameters
         ----------
@@ -300,6 +260,11 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             As in calling the tokenizer; ``gene_names`` may also be what `resolve_genes` returned.
         max_length
             Genes of a cell that are kept, in the fixed pseudo-random order; None keeps all.
+        min_coverage
+            Share of the counts that must fall on genes of the vocabulary; less is an error.
+        scale
+            What the values are, which matters where columns of one gene are added up: logarithms are added up as what
+            they were taken of. None looks at these cells.
 
         Raises
         ------
@@ -307,33 +272,31 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             As in calling the tokenizer.
         """
         matrix, names, source = self._matrix_and_names(cells, gene_names, layer, gene_column)
-        cell_index, gene_index, values, num_cells = expressed_entries(matrix, source)
-        token_of_column = self._usable_tokens(names)
-
-        tokens = token_of_column[gene_index]
-        known = tokens >= 0
-        cell_index, tokens, values = cell_index[known], tokens[known], values[known]
-
-        order = np.lexsort((draw_order(len(self))[tokens], cell_index))
-        cell_index, tokens, values = cell_index[order], tokens[order], values[order]
-        values = values.astype(np.float64)  # sums must not overflow
-        if len(tokens):
-            new_token = np.append(True, (cell_index[1:] != cell_index[:-1]) | (tokens[1:] != tokens[:-1]))
-            if not new_token.all():
-                values = np.add.reduceat(values, np.flatnonzero(new_token))
-                cell_index, tokens = cell_index[new_token], tokens[new_token]
-
-        bins = quantile_bins(values, cell_index, self.num_expression_bins)
-        counts = np.bincount(cell_index, minlength=num_cells)
-        if max_length is not None and counts.max(initial=0) > max_length:
-            place_in_cell = np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
-            kept = place_in_cell < max_length
-            tokens, bins, counts = tokens[kept], bins[kept], np.minimum(counts, max_length)
-        return CellTokens(
-            input_ids=tokens.astype(np.int32),
-            expression_bins=bins.astype(np.uint8 if self.num_expression_bins < 256 else np.int32),
-            indptr=np.append(0, np.cumsum(counts)),
-        )
+        resolution = names if isinstance(names, GeneResolution) else self.resolve_genes(names)
+        indptr, genes, values = compressed_rows(matrix, source)
+        if min_coverage:
+            check_genes(genes, len(resolution))
+            resolution = resolution.with_counts(np.bincount(genes, np.nan_to_num(values), minlength=len(resolution)))
+        resolution.require(min_coverage)
+        if scale is None and resolution.duplicates:
+            few = min(len(indptr) - 1, 512)
+            scale = value_scale(indptr[: few + 1] - indptr[0], values[indptr[0] : indptr[few]])
+        # Numba takes half a second to import; few cells are done by then.
+        bin_cells = _compiled_bin_cells() if len(values) > 2**18 else plain_bin_cells
+        try:
+            tokens, bins, lengths = bin_cells(
+                indptr,
+                genes,
+                values,
+                self._usable_tokens(resolution),
+                len(self),
+                self.num_expression_bins,
+                max_length,
+                log_base=scale.log_base if scale else None,
+            )
+        except ValueError as error:
+            raise ValueError(str(error).replace("the matrix", source, 1)) from None
+        return CellTokens(input_ids=tokens, expression_bins=bins, indptr=np.append(0, np.cumsum(lengths)))
 
     def _matrix_and_names(self, cells, gene_names, layer, gene_column):
         """The (cells, genes) matrix, its gene names or their resolution, and what to call it in an error."""
@@ -378,9 +341,8 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             )
         return matrix, names, source
 
-    def _usable_tokens(self, names: Sequence[str] | GeneResolution) -> np.ndarray:
+    def _usable_tokens(self, resolution: GeneResolution) -> np.ndarray:
         """Token id of each column, -1 where it is unknown or outside the gene set; at least one is known."""
-        resolution = names if isinstance(names, GeneResolution) else self.resolve_genes(names)
         tokens = resolution.token_ids
         if self._gene_set is not None:
             tokens = np.where(np.isin(tokens, self.convert_tokens_to_ids(self._gene_set)), tokens, -1)
@@ -403,6 +365,7 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         padding: bool | str = False,
         truncation: bool = True,
         max_length: int | None = None,
+        min_coverage: float = 0.0,
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
         return_attention_mask: bool = True,
@@ -416,7 +379,7 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             (cells, genes) or one cell's (genes,): dense, sparse or a data frame; or an AnnData. Non-negative, in any
             scale that keeps a cell's order: counts, CPM and log1p(CPM) give the same tokens.
         gene_names
-            (genes,), approved HGNC symbols or Ensembl ids; an AnnData or a data frame brings its own.
+            (genes,), names that `resolve_genes` reads; an AnnData or a data frame brings its own.
         layer, gene_column
             An AnnData's layer (or "X", "raw") and the column of ``var`` with gene names; by default
             ``layers["counts"]``, else ``raw.X``, else ``X``, with ``var_names``.
@@ -427,6 +390,8 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             said otherwise, as the model is trained on such cells.
         max_length
             None takes ``model_max_length``.
+        min_coverage
+            Share of the counts that must fall on genes of the vocabulary; less is an error.
         pad_to_multiple_of
             Pad to a multiple of this length.
         return_tensors
@@ -442,7 +407,8 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         Raises
         ------
         ValueError
-            If a value is negative, NaN or infinite, the gene names do not fit the matrix, or none is known.
+            If a value is negative, NaN or infinite, the gene names do not fit the matrix, too few are known, or most
+            are of another species.
         TypeError
             If the expression is not numeric.
         """
@@ -459,6 +425,7 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             layer=layer,
             gene_column=gene_column,
             max_length=max_length if truncation else None,
+            min_coverage=min_coverage,
         )
         warn_of_empty_cells(tokens.lengths)
         batch = [tokens.cell(index) for index in range(len(tokens))]
@@ -565,6 +532,17 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             raise ValueError(f"`padding` must be True, False, 'longest' or 'max_length', got {padding!r}.")
         length = max(length, 1)  # a batch of empty cells still is a batch
         return length if not pad_to_multiple_of else -(-length // pad_to_multiple_of) * pad_to_multiple_of
+
+
+@functools.cache
+def _compiled_bin_cells() -> Callable:
+    """The compiled twin of `bin_cells`, or the plain one where Numba is not to be had."""
+    try:
+        from .token_kernels import bin_cells
+    except Exception as error:  # Numba may also be installed and broken
+        logger.warning(f"Cells are tokenized by NumPy, several times slower than by Numba: {error}")
+        return plain_bin_cells
+    return bin_cells
 
 
 def _pad_rows(rows: Sequence, length: int, filler: int) -> np.ndarray:

@@ -1,0 +1,201 @@
+# Copyright 2026 The PanFoMa-HF authors. Licensed under the Apache License, Version 2.0.
+"""Many cells to tokens at once: what `expression.bin_cells` does, compiled by Numba at first use, then cached on disk.
+
+A cell's genes are put in order by marking their places in a table as large as the vocabulary and reading it from front
+to back, which also adds up the columns of one gene. Values are ranked by a radix sort of their bits, of which passes
+that all of a cell's values agree in are skipped: small counts need two or three.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from .expression import SUM_TOLERANCE, check_genes, check_values, draw_order
+
+
+try:
+    from numba import njit
+except ImportError as error:
+    raise ImportError("Numba cannot be imported here. Install it with `pip install numba`.") from error
+
+
+# Below so many entries a thread costs more than it brings (about 2 milliseconds on one core).
+_MIN_ENTRIES_PER_THREAD = 2**16
+# Piece after piece is taken, as cells differ in length and cores in what else they do.
+_PIECES_PER_THREAD = 4
+_RADIX_BITS = 8
+_BUCKETS = 1 << _RADIX_BITS
+_PASSES = 64 // _RADIX_BITS
+
+
+def bin_cells(
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    values: np.ndarray,
+    token_of_column: np.ndarray,
+    vocab_size: int,
+    num_bins: int,
+    max_length: int | None = None,
+    log_base: float | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `expression.bin_cells`, the same tokens whatever the number of threads."""
+    order = draw_order(vocab_size)
+    place_of_column = np.where(token_of_column >= 0, order[token_of_column], -1).astype(np.int32)
+    token_of_place = np.empty(vocab_size, dtype=np.int32)
+    token_of_place[order] = np.arange(vocab_size, dtype=np.int32)
+    # Two kinds of values and one of indices, as each further one would be compiled for itself.
+    original, indptr, genes = values, indptr.astype(np.int64, copy=False), genes.astype(np.int32, copy=False)
+    values = values if values.dtype == np.float32 else values.astype(np.float64, copy=False)
+    num_cells, num_entries = len(indptr) - 1, len(values)
+    tokens = np.empty(num_entries, dtype=np.int32)
+    bins = np.empty(num_entries, dtype=np.uint8 if num_bins < 256 else np.int32)
+    lengths = np.empty(num_cells, dtype=np.int64)
+    limit = vocab_size if max_length is None else max_length
+    log_scale = 0.0 if log_base is None else float(np.log(log_base))
+
+    threads = max(1, min(_num_cores(), num_entries // _MIN_ENTRIES_PER_THREAD))
+    pieces = 1 if threads == 1 else threads * _PIECES_PER_THREAD
+    borders = np.searchsorted(indptr, np.linspace(indptr[0], indptr[-1], pieces + 1)[1:-1])
+    borders = [0, *borders.tolist(), num_cells]
+
+    def work(piece: int) -> bool:
+        first, last = borders[piece], borders[piece + 1]
+        return _bin_piece(
+            indptr,
+            genes,
+            values,
+            place_of_column,
+            token_of_place,
+            num_bins,
+            limit,
+            log_scale,
+            first,
+            last,
+            tokens,
+            bins,
+            lengths,
+        )
+
+    if threads == 1:
+        is_good = work(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            is_good = all(pool.map(work, range(pieces)))
+    if not is_good:
+        check_values(original, "the matrix")
+        check_genes(genes, len(token_of_column))
+    if lengths.sum() < num_entries:
+        tokens, bins = _closed_up(indptr, lengths, tokens), _closed_up(indptr, lengths, bins)
+    return tokens, bins, lengths
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@njit(cache=True, nogil=True)
+def _bin_piece(
+    indptr,
+    genes,
+    values,
+    place_of_column,
+    token_of_place,
+    num_bins,
+    limit,
+    log_scale,
+    first,
+    last,
+    tokens,
+    bins,
+    lengths,
+):  # pragma: no cover
+    """Bin the cells from ``first`` to before ``last``; False where a value or a column is not usable."""
+    num_places = len(token_of_place)
+    marks = np.zeros(-(-num_places // 8) * 8, dtype=np.uint8)
+    eights = marks.view(np.uint64)
+    sums = np.zeros(num_places, dtype=np.float64)
+    cell_values = np.empty(num_places, dtype=np.float64)
+    other_values = np.empty(num_places, dtype=np.float64)
+    # Numbers that are not negative are ordered as their bits are.
+    keys, other_keys = cell_values.view(np.uint64), other_values.view(np.uint64)
+    order, other_order = np.empty(num_places, dtype=np.int32), np.empty(num_places, dtype=np.int32)
+    histogram = np.empty((_PASSES, _BUCKETS), dtype=np.int32)
+
+    for cell in range(first, last):
+        start, end = indptr[cell], indptr[cell + 1]
+        is_sum, entry = False, start
+        while entry < end:
+            value, gene = np.float64(values[entry]), genes[entry]
+            if not (0 <= value < np.inf) or gene < 0 or gene >= len(place_of_column):
+                return False
+            place = place_of_column[gene]
+            entry += 1
+            if place < 0 or value == 0:
+                continue
+            if marks[place] and not is_sum:
+                is_sum = True
+                if log_scale:  # once more from the start of the cell, as what the logarithms were taken of
+                    eights[:], sums[:], entry = 0, 0, start
+                    continue
+            marks[place] = 1
+            sums[place] += np.expm1(value * log_scale) if is_sum and log_scale else value
+
+        size = 0
+        for eight in range(len(eights)):
+            if eights[eight]:
+                for place in range(8 * eight, 8 * eight + 8):
+                    if marks[place]:
+                        if size < limit:
+                            tokens[start + size] = token_of_place[place]
+                        cell_values[size], sums[place] = sums[place], 0
+                        size += 1
+                eights[eight] = 0
+        lengths[cell] = min(size, limit)
+
+        histogram[:] = 0
+        for index in range(size):
+            order[index] = index
+            key = keys[index]
+            for step in range(_PASSES):
+                histogram[step, (key >> np.uint64(_RADIX_BITS * step)) & np.uint64(_BUCKETS - 1)] += 1
+        these, those, this_order, that_order = keys, other_keys, order, other_order
+        ranked, other_ranked = cell_values, other_values
+        for step in range(_PASSES):
+            counts, shift = histogram[step], np.uint64(_RADIX_BITS * step)
+            if size == 0 or counts[(these[0] >> shift) & np.uint64(_BUCKETS - 1)] == size:
+                continue
+            total = 0
+            for bucket in range(_BUCKETS):
+                counts[bucket], total = total, total + counts[bucket]
+            for index in range(size):
+                key = these[index]
+                bucket = (key >> shift) & np.uint64(_BUCKETS - 1)
+                those[counts[bucket]], that_order[counts[bucket]] = key, this_order[index]
+                counts[bucket] += 1
+            these, those, this_order, that_order = those, these, that_order, this_order
+            ranked, other_ranked = other_ranked, ranked
+
+        low, tolerance = 0, SUM_TOLERANCE if is_sum else 0.0
+        while low < size:
+            high = low + 1
+            while high < size and ranked[high] - ranked[high - 1] <= tolerance * ranked[high]:
+                high += 1
+            bin_id = 1 + num_bins * (low + high) // (2 * size)
+            for index in range(low, high):
+                if this_order[index] < limit:
+                    bins[start + this_order[index]] = bin_id
+            low = high
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _closed_up(indptr, lengths, tokens):  # pragma: no cover
+    """The first tokens of each cell, ``lengths`` of them, one cell after the other."""
+    closed = np.empty(lengths.sum(), dtype=tokens.dtype)
+    position = 0
+    for cell in range(len(lengths)):
+        for entry in range(indptr[cell], indptr[cell] + lengths[cell]):
+            closed[position] = tokens[entry]
+            position += 1
+    return closed

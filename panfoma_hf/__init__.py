@@ -32,9 +32,11 @@ _LAZY = {
     "DataCollatorForCells": ".data.collator",
     "PanFoMaTrainer": ".training",
     "annotate": ".inference",
-    "cell_dataset": ".data.cells",
+    "cell_dataset": ".data.dataset",
     "embed": ".inference",
     "finetune": ".training",
+    "open_cells": ".data.readers",
+    "read_expression": ".data.cells",
     "save_checkpoint": ".training",
 }
 
@@ -51,6 +53,8 @@ __all__ = [
     "cell_dataset",
     "embed",
     "finetune",
+    "open_cells",
+    "read_expression",
     "save_checkpoint",
 ]
 

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from .data.cells import cell_dataset, tokenize, writable_cells
+from .data.cells import MIN_COVERAGE, Expression, tokenize, writable_cells
 from .data.collator import DataCollatorForCells
+from .data.dataset import cell_dataset
 from .modeling import PanFoMaForCellClassification, PanFoMaPreTrainedModel
-from .tokenization import PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
+from .tokenization import CellTokens, PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
 from .version import __version__
 
 
@@ -35,6 +36,7 @@ def embed(
     key_added: str = "X_panfoma",
     layer: str | None = None,
     gene_column: str | None = None,
+    min_coverage: float = MIN_COVERAGE,
     batch_size: int = 32,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -44,15 +46,20 @@ def embed(
     Parameters
     ----------
     cells
-        An AnnData, which is written to in place, or an `.h5ad` file, which is left as it is.
+        An AnnData, which is written to in place; or a file of any format that `panfoma_hf.open_cells` reads, which is
+        left as it is.
     model
         A checkpoint (folder or Hub name), or a model.
     tokenizer
         The model's tokenizer; None loads it from the model's checkpoint.
     key_added
         Key of ``obsm``.
-    layer, gene_column
-        Where expression and gene names are; see `PanFoMaTokenizer`.
+    layer
+        The matrix to read: a layer's name, "X" or "raw". None looks for the counts, and says what it found.
+    gene_column
+        Column of ``var`` with gene names. None takes ``var_names``, with ids in other columns to help out.
+    min_coverage
+        Share of the counts that must fall on genes that the model knows.
     batch_size
         Cells at a time.
     device
@@ -67,11 +74,14 @@ def embed(
     Raises
     ------
     ValueError
-        If expression is not usable, no gene is known, or model and tokenizer do not belong together.
+        If expression is not usable, too few genes are known, or model and tokenizer do not belong together.
     """
     adata = writable_cells(cells)
-    model, tokenizer = _load(AutoModel, model, tokenizer, device)
-    result = _run(adata, model, tokenizer, layer, gene_column, batch_size, progress)
+    tokenizer = _load_tokenizer(model, tokenizer)
+    # Whatever is wrong with the cells is said before a model is loaded.
+    tokens, expression = tokenize(adata, tokenizer, layer=layer, gene_column=gene_column, min_coverage=min_coverage)
+    model = _load_model(AutoModel, model, tokenizer, device)
+    result = _run(tokens, expression, model, tokenizer, batch_size, progress)
     adata.obsm[key_added] = result.embeddings
     _write_provenance(adata, {key_added: result.provenance})
     return adata
@@ -85,6 +95,7 @@ def annotate(
     embedding_key: str | None = None,
     layer: str | None = None,
     gene_column: str | None = None,
+    min_coverage: float = MIN_COVERAGE,
     batch_size: int = 32,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -99,7 +110,7 @@ def annotate(
 
     Parameters
     ----------
-    cells, tokenizer, layer, gene_column, batch_size, device, progress
+    cells, tokenizer, layer, gene_column, min_coverage, batch_size, device, progress
         As in `embed`.
     model
         A checkpoint (folder or Hub name) with a classifier, or such a model.
@@ -116,7 +127,9 @@ def annotate(
         As in `embed`, and if the model has no trained classifier or names no single class.
     """
     adata = writable_cells(cells)
-    model, tokenizer = _load(AutoModelForSequenceClassification, model, tokenizer, device)
+    tokenizer = _load_tokenizer(model, tokenizer)
+    tokens, expression = tokenize(adata, tokenizer, layer=layer, gene_column=gene_column, min_coverage=min_coverage)
+    model = _load_model(AutoModelForSequenceClassification, model, tokenizer, device)
     config = model.config
     if not hasattr(model, "classifier"):
         raise ValueError(
@@ -128,7 +141,7 @@ def annotate(
             f"Cells are named by a single-label classifier, got problem_type {config.problem_type!r} with "
             f"{config.num_labels} labels. Call the model itself and read its logits, or use `embed`."
         )
-    result = _run(adata, model, tokenizer, layer, gene_column, batch_size, progress)
+    result = _run(tokens, expression, model, tokenizer, batch_size, progress)
 
     names = [config.id2label[index] for index in range(config.num_labels)]
     empty = result.lengths == 0
@@ -156,8 +169,20 @@ class _Result:
     provenance: dict
 
 
-def _load(auto_class, model, tokenizer, device):
-    """Model and tokenizer that belong together, the model in evaluation mode on its device."""
+def _load_tokenizer(model, tokenizer: PanFoMaTokenizer | None) -> PanFoMaTokenizer:
+    """The tokenizer that belongs to a checkpoint or a model."""
+    if tokenizer is not None:
+        return tokenizer
+    checkpoint = model if isinstance(model, (str, Path)) else model.name_or_path
+    if not checkpoint:
+        raise ValueError(
+            "A model needs its tokenizer, got a model that was not loaded from a checkpoint. Pass `tokenizer`."
+        )
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+def _load_model(auto_class, model, tokenizer: PanFoMaTokenizer, device) -> PanFoMaPreTrainedModel:
+    """The model on its device, with every weight, and made for this tokenizer."""
     if isinstance(model, (str, Path)):
         loaded, report = auto_class.from_pretrained(model, output_loading_info=True)
         if report["missing_keys"]:
@@ -166,23 +191,21 @@ def _load(auto_class, model, tokenizer, device):
                 f"{', '.join(sorted(report['missing_keys'])[:3])}. Fine-tune it first with `panfoma_hf.finetune`, or "
                 "use `panfoma_hf.embed`, which needs no classifier."
             )
-        tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
         model = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     elif device is not None:
         model = model.to(device)
-    if tokenizer is None:
-        if not model.name_or_path:
-            raise ValueError(
-                "A model needs its tokenizer, got a model that was not loaded from a checkpoint. Pass `tokenizer`."
-            )
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     check_tokenizer(tokenizer, model.config)
-    return model, tokenizer
+    return model
 
 
-def _run(adata, model, tokenizer, layer, gene_column, batch_size, progress) -> _Result:
-    tokens, resolution, source = tokenize(adata, tokenizer, layer=layer, gene_column=gene_column)
-    logger.warning(f"{len(tokens):,} cells from {source}: {resolution}; {tokens.lengths.mean():.0f} genes a cell.")
+def _run(
+    tokens: CellTokens,
+    expression: Expression,
+    model: PanFoMaPreTrainedModel,
+    tokenizer: PanFoMaTokenizer,
+    batch_size: int,
+    progress: bool,
+) -> _Result:
     warn_of_empty_cells(tokens.lengths)
     # Cells of like length share a batch, so that little is padding; the longest come first, to fail early on memory.
     order = np.argsort(-tokens.lengths, kind="stable")
@@ -215,9 +238,10 @@ def _run(adata, model, tokenizer, layer, gene_column, batch_size, progress) -> _
             "checkpoint": str(model.name_or_path),
             "revision": _revision(model.name_or_path),
             "panfoma_hf_version": __version__,
-            "expression": source,
-            "genes_resolved": resolution.num_resolved,
-            "genes_total": len(resolution.names),
+            "expression": expression.source,
+            "values": str(expression.scale),
+            "genes": expression.resolution.provenance(),
+            "gene_table": tokenizer.gene_table_source,
             "genes_used": len(np.unique(tokens.input_ids)),
             "gene_set_size": len(tokenizer.gene_set or []),
             "empty_cells": int(np.count_nonzero(tokens.lengths == 0)),

@@ -15,8 +15,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from .data.cells import cell_dataset, read_cells, tokenize
+from .data.cells import MIN_COVERAGE, anndata_cells, read_cells, read_expression, tokenize
 from .data.collator import DataCollatorForCells
+from .data.dataset import cell_dataset
 from .data.variable_genes import variable_genes
 from .modeling import PanFoMaConfig, PanFoMaForCellClassification, PanFoMaPreTrainedModel
 from .modeling.configuration_panfoma import SIZES
@@ -150,6 +151,7 @@ def finetune(
     class_weights: bool = True,
     layer: str | None = None,
     gene_column: str | None = None,
+    min_coverage: float = MIN_COVERAGE,
     **training_arguments,
 ) -> PanFoMaTrainer:
     """Fine-tune PanFoMa to name cells, and save the checkpoint.
@@ -157,7 +159,7 @@ def finetune(
     Parameters
     ----------
     cells
-        Training cells: an AnnData or an `.h5ad` file.
+        Training cells: an AnnData, or a file of any format that `panfoma_hf.open_cells` reads.
     label
         Column of ``obs`` with the names to learn, such as "cell_type".
     output_dir
@@ -173,8 +175,8 @@ def finetune(
         the set that the starting checkpoint has.
     class_weights
         Whether rare classes weigh more in the loss, by the inverse square root of their number of cells.
-    layer, gene_column
-        Where expression and gene names are; see `PanFoMaTokenizer`.
+    layer, gene_column, min_coverage
+        Where expression and gene names are, and the share of counts that must be known; see `panfoma_hf.annotate`.
     training_arguments
         Anything that `transformers.TrainingArguments` takes, over the defaults in `DEFAULT_ARGUMENTS`. What Trainer
         saves on the way (`save_strategy`) goes to ``<output_dir>-trainer``.
@@ -201,14 +203,16 @@ def finetune(
     validation = None if validation is None else read_cells(validation)
 
     tokenizer = _starting_tokenizer(model)
+    reading = {"gene_column": gene_column, "min_coverage": min_coverage}
     if isinstance(gene_set, Integral):
-        gene_set = variable_genes(cells, gene_set, tokenizer, layer=layer, gene_column=gene_column)
+        expression = read_expression(anndata_cells(cells), tokenizer, layer=layer, **reading)
+        gene_set = variable_genes(cells, gene_set, tokenizer, layer=expression.layer, gene_column=gene_column)
     if gene_set is not None:
         tokenizer.gene_set = gene_set
-    train_dataset = _labelled_dataset(cells, label, names, tokenizer, layer, gene_column)
+    train_dataset = _labelled_dataset(cells, label, names, tokenizer, layer=layer, **reading)
     eval_dataset = None
     if validation is not None:
-        eval_dataset = _labelled_dataset(validation, label, names, tokenizer, layer, gene_column)
+        eval_dataset = _labelled_dataset(validation, label, names, tokenizer, layer=layer, **reading)
 
     train_labels = np.asarray(train_dataset["labels"])
     arguments = {
@@ -316,15 +320,14 @@ def _labels(cells: ad.AnnData, label: str) -> np.ndarray:
     return cells.obs[label].astype(str).to_numpy()
 
 
-def _labelled_dataset(cells, label, names, tokenizer, layer, gene_column):
+def _labelled_dataset(cells, label, names, tokenizer, **reading):
     labels = _labels(cells, label)
     if unknown := set(labels) - set(names):
         raise ValueError(
             f"Validation cells must have labels of the training cells, got {sorted(unknown)} besides. "
             "Leave these cells out, or put some of them into the training cells."
         )
-    tokens, resolution, source = tokenize(cells, tokenizer, layer=layer, gene_column=gene_column)
-    logger.warning(f"{len(tokens):,} cells from {source}: {resolution}; {tokens.lengths.mean():.0f} genes a cell.")
+    tokens, _ = tokenize(cells, tokenizer, **reading)
     warn_of_empty_cells(tokens.lengths)
     return cell_dataset(tokens, labels=np.searchsorted(names, labels))
 

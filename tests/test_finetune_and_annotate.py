@@ -39,6 +39,9 @@ def test_finetuning_learns_and_saves_names_genes_and_code(trained, adata):
         "config.json",
         "configuration_panfoma.py",
         "expression.py",
+        "gene_names.py",
+        "token_kernels.py",
+        "value_scale.py",
         "genes.tsv.gz",
         "model.safetensors",
         "modeling_panfoma.py",
@@ -131,7 +134,7 @@ def test_a_users_own_plain_trainer_works(trained, adata, tmp_path):
     folder, _ = trained
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, ignore_mismatched_sizes=True)
-    tokens, _, _ = tokenize(adata, tokenizer)
+    tokens, _ = tokenize(adata, tokenizer)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -179,7 +182,9 @@ def test_trainers_own_checkpoints_hold_the_tokenizer(adata, fresh, tmp_path):
             id="missing_labels",
         ),
         pytest.param(lambda a: setattr(a, "X", a.X * -1), "negative values in X", id="negative"),
-        pytest.param(lambda a: setattr(a, "var_names", [f"g{i}" for i in range(40)]), "got none of 40", id="no_gene"),
+        pytest.param(
+            lambda a: setattr(a, "var_names", [f"feature{i}" for i in range(40)]), r"got 0.0% \(0 of 40", id="no_gene"
+        ),
     ],
 )
 def test_cells_that_cannot_be_learned_from_leave_nothing_behind(change, message, adata, fresh, tmp_path):
@@ -267,7 +272,11 @@ def test_annotation_writes_names_scores_and_provenance_and_changes_nothing_else(
     provenance = adata.uns["panfoma"]["panfoma_cell_type"]
     assert provenance["checkpoint"] == str(folder)
     assert provenance["panfoma_hf_version"] == panfoma_hf.__version__
-    assert (provenance["expression"], provenance["genes_resolved"], provenance["genes_total"]) == ("X", 40, 40)
+    assert (provenance["expression"], provenance["values"]) == ("X", "counts (whole numbers)")
+    genes = provenance["genes"]
+    assert (genes["resolved"], genes["total"], genes["coverage"]) == (40, 40, 1.0)
+    assert genes["by_rule"] == {"approved symbol": 40}
+    assert "HGNC complete set" in provenance["gene_table"]
     assert (adata.X != before.X).nnz == 0
     assert adata.obs[before.obs.columns].equals(before.obs)
     adata.write_h5ad(tmp_path / "annotated.h5ad")
@@ -339,7 +348,9 @@ def test_an_empty_cell_is_called_unassigned_and_has_a_finite_embedding(trained, 
     [
         pytest.param(lambda a: setattr(a, "X", a.X * -1), "negative", id="negative"),
         pytest.param(lambda a: setattr(a, "X", a.X * np.nan), "NaN", id="nan"),
-        pytest.param(lambda a: setattr(a, "var_names", [f"g{i}" for i in range(40)]), "got none of 40", id="no_gene"),
+        pytest.param(
+            lambda a: setattr(a, "var_names", [f"feature{i}" for i in range(40)]), r"got 0.0% \(0 of 40", id="no_gene"
+        ),
     ],
 )
 @pytest.mark.parametrize("verb", [panfoma_hf.annotate, panfoma_hf.embed])
@@ -403,4 +414,4 @@ def test_a_model_of_other_genes_does_not_start_training(adata, tmp_path):
 def test_what_was_understood_is_said(trained, adata, caplog):
     folder, _ = trained
     panfoma_hf.embed(adata, folder, progress=False)
-    assert "48 cells from X: 40 of 40 gene names resolved (40 by approved symbol)" in caplog.text
+    assert "48 cells from X, counts (whole numbers): 40 of 40 gene names resolved" in caplog.text

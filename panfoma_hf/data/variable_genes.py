@@ -4,7 +4,9 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
-from ..tokenization import PanFoMaTokenizer, choose_matrix
+from ..tokenization import PanFoMaTokenizer, choose_layer, choose_matrix
+from .cells import resolve_columns
+from .readers import anndata_cells
 
 
 def log_normalized(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:
@@ -59,6 +61,7 @@ def variable_genes(
     if num_genes < 1:
         raise ValueError(f"At least one variable gene must be asked for, got {num_genes}. 1,000 serve many a tissue.")
     scanpy = _scanpy()
+    layer = choose_layer(adata) if layer is None else layer
     matrix, names, source = choose_matrix(adata, layer, gene_column)
     matrix = sp.csr_matrix(matrix)
     if (matrix.data < 0).any() or (matrix.data % 1).any():
@@ -67,7 +70,7 @@ def variable_genes(
             "Name the layer with counts, or pass the names of genes as `gene_set`."
         )
     if tokenizer is not None:
-        resolution = tokenizer.resolve_genes(names)
+        resolution = resolve_columns(anndata_cells(adata).matrices[layer], tokenizer, gene_column)
         known = np.flatnonzero(resolution.token_ids >= 0)
         tokens, gene_of_column = np.unique(resolution.token_ids[known], return_inverse=True)
         gene_of_column = sp.csr_matrix((np.ones(len(known)), (known, gene_of_column)), (len(names), len(tokens)))

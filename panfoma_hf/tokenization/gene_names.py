@@ -68,6 +68,8 @@ _OTHER_PREFIX = re.compile(
     re.IGNORECASE,
 )
 _SUFFIX = re.compile(r"(.+)[-.]\d{1,3}")
+# Shorter aliases in another case are as likely to be anything else: g10, t1, cell2.
+_MIN_ALIAS = 6
 _SEPARATORS = str.maketrans({".": "-", "_": "-", " ": "-"})
 
 _OTHER_SPECIES_ID = re.compile(
@@ -194,6 +196,15 @@ class GeneResolution:
             names_of[str(self.symbols[column])].append(str(self.names[column]))
         return dict(names_of)
 
+    @functools.cached_property
+    def named_by_two_kinds(self) -> dict[str, list[str]]:
+        """Those of `duplicates` that are named both by a symbol and by an id."""
+        return {
+            symbol: names
+            for symbol, names in self.duplicates.items()
+            if len({_kind(name.strip()) for name in names}) > 1
+        }
+
     @property
     def species(self) -> str | None:
         """Another species that most of the recognised names belong to, or None."""
@@ -211,6 +222,30 @@ class GeneResolution:
                 "Pass the matrix's sums over cells."
             )
         return dataclasses.replace(self, counts=counts)
+
+    def filled_from(self, other: "GeneResolution") -> "GeneResolution":
+        """The same columns, with names of them from elsewhere, such as ids beside symbols, where nothing was found.
+
+        A gene that is outside the vocabulary by its first name stays so.
+        """
+        filled = np.isin(self.rule, (AMBIGUOUS, UNKNOWN_ENSEMBL, CLONE, UNKNOWN)) & (other.symbols != "")
+        if not filled.any():
+            return self
+        changed = {
+            key: np.where(filled, getattr(other, key), getattr(self, key))
+            for key in ("names", "token_ids", "rule", "symbols")
+        }
+        notes = {**self.notes, "found by a further column of names": {"columns": int(filled.sum())}}
+        ambiguous = {name: symbols for name, symbols in self.ambiguous.items() if name in set(changed["names"])}
+        return dataclasses.replace(self, **changed, notes=notes, ambiguous=ambiguous)
+
+    def without(self, is_other: np.ndarray) -> "GeneResolution":
+        """The same columns, those of a mask (genes,) left out as no genes: antibodies, peaks, hashtags."""
+        changed = {
+            "token_ids": np.where(is_other, -1, self.token_ids),
+            "rule": np.where(is_other, NOT_A_GENE, self.rule),
+        }
+        return dataclasses.replace(self, **changed)
 
     def require(self, min_coverage: float = 0.0) -> None:
         """Raise unless enough of the expression is of known human genes.
@@ -377,7 +412,8 @@ class GeneTable:
         """Rows of the symbols that are equal but for case and separators, of the best rule among them."""
         best = {}
         for name, match in self.by_symbol.items():
-            best.setdefault((_spelled(name), match.rule), []).extend(match.rows)
+            if match.rule != ALIAS or len(name) >= _MIN_ALIAS:
+                best.setdefault((_spelled(name), match.rule), []).extend(match.rows)
         return {
             key: tuple(dict.fromkeys(rows))
             for rule in (ALIAS, PREVIOUS, APPROVED)

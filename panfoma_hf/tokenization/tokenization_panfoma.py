@@ -59,6 +59,16 @@ class CellTokens:
         """(cells,), tokens of each cell; 0 for a cell without an expressed gene."""
         return np.diff(self.indptr)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["CellTokens"]) -> "CellTokens":
+        """The cells of several, at least one, one after the other."""
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(
+            input_ids=np.concatenate([part.input_ids for part in parts]),
+            expression_bins=np.concatenate([part.expression_bins for part in parts]),
+            indptr=np.append(0, np.cumsum(lengths)),
+        )
+
     def cell(self, index: int) -> dict[str, np.ndarray]:
         """``input_ids`` and ``expression_bins`` of one cell."""
         owned = slice(self.indptr[index], self.indptr[index + 1])

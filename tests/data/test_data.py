@@ -6,14 +6,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from panfoma_hf import DataCollatorForCells, PanFoMaTokenizer, cell_dataset
-from panfoma_hf.data.cells import read_cells, tokenize
+from panfoma_hf.data.cells import tokenize
 from panfoma_hf.data.variable_genes import log_normalized, variable_genes
 from panfoma_hf.tokenization import CellTokens
 
 
 @pytest.fixture
 def dataset(adata, tokenizer):
-    tokens, _, _ = tokenize(adata, tokenizer)
+    tokens, _ = tokenize(adata, tokenizer)
     return cell_dataset(tokens, labels=np.arange(len(tokens)) % 3)
 
 
@@ -40,8 +40,9 @@ def test_labels_may_be_numbers_and_rows_of_numbers(labels, adata, tokenizer):
 
 def test_tokenize_says_which_matrix_it_read_and_what_resolved(adata, tokenizer):
     adata.layers["counts"] = adata.X
-    tokens, resolution, source = tokenize(adata, tokenizer)
-    assert (len(tokens), resolution.num_resolved, source) == (48, 40, "layers['counts']")
+    tokens, expression = tokenize(adata, tokenizer)
+    assert (len(tokens), expression.resolution.num_resolved, expression.source) == (48, 40, "layers['counts']")
+    assert str(expression.scale) == "counts (whole numbers)"
 
 
 def test_the_collator_pads_to_the_longest_cell_of_the_batch(dataset, tokenizer):
@@ -116,14 +117,6 @@ def test_variable_genes_of_what_is_no_counts_are_an_error(adata):
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_file_and_another_kind_of_file_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="got no file at"):
-        read_cells(tmp_path / "none.h5ad")
-    (tmp_path / "cells.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"got cells.txt"):
-        read_cells(tmp_path / "cells.txt")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,538 @@
+"""Files of cells, in whatever format: what they hold is opened here and read later, a chunk at a time."""
+
+import gzip
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import zarr
+from anndata.io import read_elem
+
+from ..tokenization import PanFoMaTokenizer
+from ..tokenization.gene_names import SPECIES
+from .storage import BLOCK_ENTRIES, CompressedColumns, CompressedRows, Rows, SlicedRows, SpilledRows, SpillError
+
+
+TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".tab")
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+FORMATS = ".h5ad, .zarr, .loom, 10x .h5, a 10x folder or .mtx file, .csv or .tsv (also gzipped)"
+
+
+@dataclass
+class Matrix:
+    """One matrix of a file with its genes.
+
+    Parameters
+    ----------
+    rows
+        (cells, genes).
+    var
+        (genes,), gene names in the index, other names and kinds of features in columns.
+    """
+
+    rows: Rows
+    var: pd.DataFrame
+
+
+@dataclass
+class CellFile(AbstractContextManager):
+    """An open file of cells; close it, or use it in a ``with`` statement.
+
+    Parameters
+    ----------
+    name
+        What to call it, such as its path.
+    format
+        What it is, such as "h5ad".
+    obs
+        (cells,), barcodes in the index, what is known of the cells in columns.
+    matrices
+        By key: "X", "raw", or a layer's name.
+    notes
+        What was decided in reading it.
+    """
+
+    name: str
+    format: str
+    obs: pd.DataFrame
+    matrices: dict[str, Matrix]
+    notes: list[str] = field(default_factory=list)
+    _close: Callable[[], None] | None = None
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was read stays."""
+        if self._close is not None:
+            self._close()
+
+    def check(self) -> None:
+        """Raise ValueError unless there are cells, with barcodes of their own, and matrices of their number."""
+        if not self.matrices:
+            raise ValueError(
+                f"A file of cells needs a matrix of expression, got none in {self.name}: neither X, raw nor a layer. "
+                "Write it again with its counts."
+            )
+        for key, matrix in self.matrices.items():
+            if matrix.rows.shape != (len(self.obs), len(matrix.var)):
+                raise ValueError(
+                    f"A matrix needs a row for each cell and a column for each gene, got {matrix.rows.shape[0]:,} x "
+                    f"{matrix.rows.shape[1]:,} in {key!r} of {self.name} for {len(self.obs):,} cells and "
+                    f"{len(matrix.var):,} genes. The file is damaged: write or download it again."
+                )
+        if not len(self.obs):
+            raise ValueError(f"At least one cell is needed, got none in {self.name}. Check how it was written.")
+        if not any(matrix.rows.shape[1] for matrix in self.matrices.values()):
+            raise ValueError(f"At least one gene is needed, got none in {self.name}. Check how it was written.")
+        repeated = self.obs.index[self.obs.index.duplicated()].unique()
+        if len(repeated):
+            raise ValueError(
+                f"Every cell needs a barcode of its own, as results go by it, got {len(repeated):,} that several cells "
+                f"of {self.name} share ({', '.join(map(str, repeated[:3]))}). Put the sample's name before the "
+                "barcodes, or call `adata.obs_names_make_unique()`."
+            )
+
+
+def open_cells(path: str | Path, tokenizer: PanFoMaTokenizer | None = None) -> CellFile:
+    """Open a file or folder of cells by what it holds, whatever it is called.
+
+    Parameters
+    ----------
+    path
+        `.h5ad`, zarr, loom, 10x `.h5`, a folder or file of 10x `.mtx`, or a table in text, gzipped or not.
+    tokenizer
+        Knows gene names, which tell a table's genes from its cells; None takes the packaged one.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing at the path.
+    ValueError
+        If it is of no known format, damaged, empty, or has barcodes twice.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"Cells are read from a file or a folder, got nothing at {path}. Check the path.")
+    reader = _reader_of(path)
+    with readable(str(path)):
+        cells = reader(path) if reader is not read_table else read_table(path, tokenizer or PanFoMaTokenizer())
+    try:
+        cells.check()
+    except ValueError:
+        cells.close()
+        raise
+    return cells
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Turn what libraries raise on a damaged file into a ValueError that names it; our own errors pass."""
+    try:
+        yield
+    except SpillError:  # not the file's fault
+        raise
+    except (KeyError, OSError, EOFError, OverflowError, zlib.error, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} cannot be read: {error}. It is cut off or damaged: download or write it again."
+        ) from error
+    except ValueError as error:
+        if type(error) is ValueError and name in str(error):
+            raise
+        raise ValueError(f"{name} cannot be read: {error}. Check what it holds, or write it again.") from error
+
+
+def _reader_of(path: Path) -> Callable[..., CellFile]:
+    if path.is_dir():
+        if any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):
+            return read_zarr
+        if _files_like(path, "matrix.mtx"):
+            return read_mtx
+        raise ValueError(
+            f"A folder of cells holds zarr or 10x's matrix.mtx, barcodes.tsv and features.tsv, got {path} with "
+            f"{', '.join(sorted(file.name for file in path.iterdir())[:4]) or 'nothing'}. Name a file in it."
+        )
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise ValueError(f"A file of cells must not be empty, got 0 bytes in {path}. Download or write it again.")
+    if start.startswith(b"\x89HDF\r\n\x1a\n"):
+        return read_hdf5
+    name = path.name.lower()
+    if name.endswith(".zarr.zip"):
+        return read_zarr
+    unpacked = next((name.removesuffix(suffix) for suffix in PACKED if name.endswith(suffix)), name)
+    if unpacked.endswith(".mtx"):
+        return read_mtx
+    if unpacked.endswith(TEXT_SUFFIXES) and (unpacked != name or b"\0" not in start):
+        return read_table
+    raise ValueError(f"Cells are read from {FORMATS}, got {path.name}, which is {_looks_like(start, unpacked)}")
+
+
+def _looks_like(start: bytes, name: str) -> str:
+    """What a file that cannot be read seems to be, and what to do."""
+    if start.startswith(b"\x80") and start[1:2] in b"\x02\x03\x04\x05":
+        return "a Python pickle. Load it where it was made and write it with `adata.write_h5ad()`."
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "a web page. The download went wrong: download it again."
+    if name.endswith((".rds", ".rdata", ".rda", ".robj")):
+        return "an R object. Write its counts in R, with anndataR's write_h5ad() or DropletUtils' write10xCounts()."
+    if start.startswith(b"PK"):
+        return "a zip archive or a spreadsheet. Unpack it, or save the sheet as .csv."
+    if start.startswith(b"\x1f\x8b"):
+        return "compressed. Unpack it with gunzip."
+    return "none of these. Convert it with anndata or scanpy."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# HDF5 and zarr
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_hdf5(path: Path) -> CellFile:
+    """Open an `.h5ad`, a loom or a 10x file, told by what is in it."""
+    file = h5py.File(path, "r")
+    try:
+        cells = _read_hdf5(path, file)
+    except BaseException:
+        file.close()
+        raise
+    cells._close = file.close
+    return cells
+
+
+def _read_hdf5(path: Path, file: h5py.File) -> CellFile:
+    if isinstance(file.get("matrix"), h5py.Group) or _genome_groups(file):
+        return _read_10x(path, file)
+    if isinstance(file.get("matrix"), h5py.Dataset):
+        return _read_loom(path, file)
+    if "mod" in file:
+        raise ValueError(
+            f"Cells are read from one modality, got a MuData with {', '.join(file['mod'])} in {path}. "
+            "Write that of RNA by itself: mdata['rna'].write_h5ad()."
+        )
+    if "obs" not in file or "var" not in file:
+        raise ValueError(
+            f"An .h5ad file holds obs, var and X, got {', '.join(file) or 'nothing'} in {path}. "
+            "Write it with `adata.write_h5ad()`."
+        )
+    return _read_anndata(path, file, "h5ad")
+
+
+def read_zarr(path: Path) -> CellFile:
+    """Open an AnnData in zarr, a folder or a `.zarr.zip`."""
+    group = zarr.open_group(str(path), mode="r")
+    if "obs" not in group or "var" not in group:
+        raise ValueError(
+            f"A zarr store of cells holds obs, var and X, got {', '.join(group) or 'nothing'} in {path}. "
+            "Write it with `adata.write_zarr()`."
+        )
+    return _read_anndata(path, group, "zarr")
+
+
+def _read_anndata(path: Path, group, name: str) -> CellFile:
+    if "obs" in group and hasattr(group["obs"], "shape"):  # a compound table, written by an anndata before 0.7
+        old = ad.read_h5ad(path, backed="r")
+        obs, var, raw_var = old.obs, old.var, None if old.raw is None else old.raw.var
+        old.file.close()
+    else:
+        obs, var = read_elem(group["obs"]), read_elem(group["var"])
+        raw_var = read_elem(group["raw/var"]) if "raw/var" in group else None
+    found = {"X": (group.get("X"), var), "raw": (group.get("raw/X", group.get("raw.X")), raw_var)}
+    found |= {key: (group["layers"][key], var) for key in group.get("layers", ())}
+    matrices = {}
+    for key, (element, genes) in found.items():
+        if element is not None and genes is not None and (rows := _stored_rows(element, f"{key!r} of {path}")):
+            matrices[key] = Matrix(rows, genes)
+    return CellFile(str(path), name, obs, matrices)
+
+
+def anndata_cells(adata: ad.AnnData) -> CellFile:
+    """The matrices of an AnnData, in memory or backed, as those of a file."""
+    found = {"X": (adata.X, adata.var)}
+    if adata.raw is not None:
+        found["raw"] = (adata.raw.X, adata.raw.var)
+    found |= {key: (matrix, adata.var) for key, matrix in adata.layers.items()}
+    matrices = {
+        key: Matrix(_sliced_rows(matrix, key), var) for key, (matrix, var) in found.items() if matrix is not None
+    }
+    return CellFile("the AnnData", "AnnData", adata.obs, matrices)
+
+
+def _sliced_rows(matrix, source: str) -> SlicedRows:
+    if np.dtype(matrix.dtype).kind not in "biuf":
+        raise ValueError(
+            f"Expression must be numbers, got {matrix.dtype} in {source}. Convert it: `adata.X.astype('float32')`."
+        )
+    return SlicedRows(matrix)
+
+
+def _stored_rows(element, source: str) -> Rows | None:
+    """The rows of a matrix as AnnData stores it; None for what is no matrix."""
+    if hasattr(element, "shape"):
+        return _sliced_rows(element, source) if len(element.shape) == 2 else None
+    attributes = dict(element.attrs)
+    kind = attributes.get("encoding-type", attributes.get("h5sparse_format"))
+    if kind not in ("csr_matrix", "csc_matrix", "csr", "csc"):
+        raise ValueError(
+            f"A matrix is stored dense, as CSR or as CSC, got {kind!r} in {source}. Write it anew with anndata."
+        )
+    shape = attributes["shape"] if "shape" in attributes else attributes["h5sparse_shape"]
+    stored = CompressedRows if kind.startswith("csr") else CompressedColumns
+    return stored(element["indptr"], element["indices"], element["data"], tuple(shape))
+
+
+def _genome_groups(file: h5py.File) -> list[str]:
+    """The genomes of a 10x file of Cell Ranger 2."""
+    return [name for name, group in file.items() if isinstance(group, h5py.Group) and "barcodes" in group]
+
+
+def _read_10x(path: Path, file: h5py.File) -> CellFile:
+    notes = []
+    if "matrix" in file:  # Cell Ranger 3 and newer
+        group, version = file["matrix"], "v3"
+        features = group["features"]
+        columns = {"gene_ids": "id", "feature_types": "feature_type", "genome": "genome"}
+        var = pd.DataFrame({key: _texts(features[name]) for key, name in columns.items() if name in features})
+        var.index = _texts(features["name"])
+    else:
+        genomes, version = _genome_groups(file), "v2"
+        human = [name for name in genomes if re.match(r"GRCh|hg\d", name)]
+        if len(genomes) > 1 and len(human) != 1:
+            raise ValueError(
+                f"One human genome is read, got {', '.join(genomes)} in {path}. Count that of GRCh38 alone."
+            )
+        group = file[human[0] if human else genomes[0]]
+        if len(genomes) > 1:
+            notes.append(f"of the genomes {', '.join(genomes)} only {human[0]} is read")
+        var = pd.DataFrame({"gene_ids": _texts(group["genes"])}, index=_texts(group["gene_names"]))
+    obs = pd.DataFrame(index=_texts(group["barcodes"]))
+    # Stored as (genes, cells) in columns, which is (cells, genes) in rows.
+    num_genes, num_cells = map(int, group["shape"][:])
+    rows = CompressedRows(group["indptr"], group["indices"], group["data"], (num_cells, num_genes))
+    return CellFile(str(path), f"10x h5 {version}", obs, {"X": Matrix(rows, var)}, notes)
+
+
+def _texts(dataset) -> np.ndarray:
+    return np.array([text.decode() if isinstance(text, bytes) else str(text) for text in dataset[:]], dtype=object)
+
+
+def _read_loom(path: Path, file: h5py.File) -> CellFile:
+    genes, cells = _loom_attributes(file["row_attrs"]), _loom_attributes(file["col_attrs"])
+    var = _indexed(genes, ("Gene", "var_names", "GeneName", "gene_names", "Accession"))
+    obs = _indexed(cells, ("CellID", "obs_names", "CellIDs", "barcode"))
+    matrices = {"X": Matrix(SlicedRows(file["matrix"], transposed=True), var)}
+    for key, layer in file.get("layers", {}).items():
+        matrices[key] = Matrix(SlicedRows(layer, transposed=True), var)
+    return CellFile(str(path), "loom", obs, matrices)
+
+
+def _loom_attributes(group: h5py.Group) -> pd.DataFrame:
+    columns = {name: dataset for name, dataset in group.items() if dataset.ndim == 1}
+    return pd.DataFrame(
+        {name: data[:] if data.dtype.kind in "biuf" else _texts(data) for name, data in columns.items()}
+    )
+
+
+def _indexed(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+    """The table with the first of the named columns as its index; its rows' numbers where there is none."""
+    name = next((name for name in names if name in table), None)
+    index = table.index if name is None else table[name]
+    return table.drop(columns=name or []).set_axis(pd.Index(index.astype(str), name=None), axis=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Matrix Market, as 10x writes it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _files_like(folder: Path, name: str) -> list[Path]:
+    """Files of a folder that end as named, packed or not: GEO puts the sample before it."""
+    return sorted(file for file in folder.iterdir() if re.search(rf"{re.escape(name)}(\.gz)?$", file.name))
+
+
+def read_mtx(path: Path) -> CellFile:
+    """Open a folder of Cell Ranger, or the `.mtx` file in it, with the files beside that name genes and cells."""
+    if path.is_dir():
+        matrices = _files_like(path, "matrix.mtx")
+        if len(matrices) > 1:
+            raise ValueError(
+                f"A folder holds one sample, got {', '.join(file.name for file in matrices[:3])} in {path}. "
+                "Name one of these files."
+            )
+        path = matrices[0]
+    prefix = re.sub(r"(matrix)?\.mtx(\.gz)?$", "", path.name)
+    barcodes = _read_names(path, prefix, ("barcodes.tsv", "cells.tsv"), "cells")
+    features = _read_names(path, prefix, ("features.tsv", "genes.tsv"), "genes")
+    obs = pd.DataFrame(index=barcodes[0].to_numpy())
+    var = pd.DataFrame(index=features[min(1, features.shape[1] - 1)].to_numpy())
+    if features.shape[1] > 1:
+        var["gene_ids"] = features[0].to_numpy()
+    if features.shape[1] > 2:
+        var["feature_types"] = features[2].to_numpy()
+    rows = _mtx_rows(path, len(obs), len(var))
+    return CellFile(str(path), "10x mtx", obs, {"X": Matrix(rows, var)})
+
+
+def _read_names(path: Path, prefix: str, names: tuple[str, ...], what: str) -> pd.DataFrame:
+    """A file without header beside the matrix; one column a field."""
+    for name in names:
+        for file in (path.parent / f"{prefix}{name}", path.parent / f"{prefix}{name}.gz"):
+            if file.is_file():
+                return pd.read_csv(file, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
+    raise ValueError(
+        f"A Matrix Market file needs the names of its {what} beside it, got no {prefix}{names[0]} (or .gz) in "
+        f"{path.parent}. Put {' or '.join(names)} there."
+    )
+
+
+def _mtx_rows(path: Path, num_cells: int, num_genes: int) -> Rows:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        header = file.readline().lower().split()
+        if header[:3] != ["%%matrixmarket", "matrix", "coordinate"] or header[3] not in ("integer", "real"):
+            raise ValueError(
+                f"A matrix of counts starts with '%%MatrixMarket matrix coordinate integer', got "
+                f"{' '.join(header)[:60]!r} in {path}. Write it with Cell Ranger, STARsolo or scipy.io.mmwrite."
+            )
+        line = file.readline()
+        while line.startswith("%") or not line.strip():
+            if not line:
+                raise ValueError(f"The file ends within its header: {path}. Download or write it again.")
+            line = file.readline()
+        height, width, num_entries = map(int, line.split())
+        if (height, width) not in ((num_genes, num_cells), (num_cells, num_genes)):
+            raise ValueError(
+                f"The header of a Matrix Market file must fit the files beside it, got {height:,} x {width:,} in "
+                f"{path} for {num_genes:,} genes and {num_cells:,} cells. One of the files is cut off or another "
+                "sample's."
+            )
+        is_transposed = (height, width) == (num_genes, num_cells)
+        blocks = _mtx_blocks(file, path, (height, width), num_entries, is_transposed)
+        return SpilledRows(blocks, (num_cells, num_genes))
+
+
+def _mtx_blocks(file, path: Path, shape: tuple[int, int], num_entries: int, is_transposed: bool) -> Iterator:
+    seen = 0
+    chunks = pd.read_csv(
+        file, sep=r"\s+", header=None, chunksize=BLOCK_ENTRIES, dtype=str if num_entries == 0 else None
+    )
+    for chunk in chunks if num_entries else ():
+        if chunk.shape[1] != 3 or not all(kind.kind in "iuf" for kind in chunk.dtypes) or chunk.isna().any(axis=None):
+            raise ValueError(
+                f"Lines of a Matrix Market file are three numbers, got others in the {len(chunk):,} lines after entry "
+                f"{seen:,} of {path}. The file is damaged, or holds numbers too large for 64 bits."
+            )
+        row, column, values = (chunk[position].to_numpy() for position in range(3))
+        row, column = row.astype(np.int64) - 1, column.astype(np.int64) - 1
+        if not (0 <= row.min() <= row.max() < shape[0] and 0 <= column.min() <= column.max() < shape[1]):
+            raise ValueError(
+                f"Entries of {path} must lie within its header's {shape[0]:,} x {shape[1]:,}, got one at "
+                f"({row.max() + 1:,}, {column.max() + 1:,}). The header is of another matrix: write the file again."
+            )
+        seen += len(chunk)
+        cells, genes = (column, row) if is_transposed else (row, column)
+        first, num_rows = cells.min(), np.ptp(cells) + 1
+        size = (num_rows, shape[0] if is_transposed else shape[1])
+        yield int(first), sp.coo_matrix((values, (cells - first, genes)), shape=size)
+    if seen != num_entries:
+        raise ValueError(
+            f"The header of {path} promises {num_entries:,} entries, got {seen:,}. "
+            "The file is cut off or its header lies: download or write it again."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables in text
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_table(path: Path, tokenizer: PanFoMaTokenizer) -> CellFile:
+    """Open a table of cells and genes, told apart by their names; columns of text describe its rows."""
+    options = _table_options(path)
+    head = pd.read_csv(path, nrows=200, **options)
+    if not head.size:
+        raise ValueError(
+            f"A table of cells needs names and numbers, got {len(head):,} x {head.shape[1]:,} in {path}. Check its "
+            "separator."
+        )
+    resolved_columns = _are_genes(head.columns, tokenizer)
+    is_text = np.array([dtype.kind not in "biuf" for dtype in head.dtypes])
+    _check_text_columns(path, head, is_text, resolved_columns)
+    across = resolved_columns[~is_text].mean()
+    down = _are_genes(head.index, tokenizer).mean()
+    if max(across, down) < 0.02:
+        raise ValueError(
+            f"A table needs gene names in its first row or column, got {', '.join(map(str, head.columns[:3]))} and "
+            f"{', '.join(map(str, head.index[:3]))} in {path}. Add symbols or Ensembl ids."
+        )
+    genes_in_rows, num_columns = down > across, int((~is_text).sum())
+    labels = []
+
+    def blocks() -> Iterator[tuple[int, sp.spmatrix]]:
+        types = {name: np.float64 for name, text in zip(head.columns, is_text, strict=True) if not text}
+        first = 0
+        for block in pd.read_csv(path, chunksize=max(1, BLOCK_ENTRIES // head.shape[1]), dtype=types, **options):
+            labels.append(block.loc[:, is_text])
+            numbers = sp.coo_matrix(block.loc[:, ~is_text].to_numpy())
+            if genes_in_rows:
+                shape = (num_columns, first + len(block))
+                yield 0, sp.coo_matrix((numbers.data, (numbers.col, numbers.row + first)), shape=shape)
+            else:
+                yield first, numbers
+            first += len(block)
+
+    rows = SpilledRows(blocks(), (num_columns, 0) if genes_in_rows else (0, num_columns))
+    by_row, by_column = pd.concat(labels), pd.DataFrame(index=head.columns[~is_text])
+    obs, var = (by_column, by_row) if genes_in_rows else (by_row, by_column)
+    rows.resize((len(obs), len(var)))
+    for table in (obs, var):
+        table.index = pd.Index(table.index.astype(str), name=None)
+    where = "rows" if genes_in_rows else "columns"
+    return CellFile(str(path), "table", obs, {"X": Matrix(rows, var)}, [f"genes are in its {where}"])
+
+
+def _are_genes(names: pd.Index, tokenizer: PanFoMaTokenizer) -> np.ndarray:
+    """Which of the names are of genes, of any species."""
+    resolution = tokenizer.resolve_genes(names)
+    return (resolution.token_ids >= 0) | (resolution.symbols != "") | (resolution.rule == SPECIES)
+
+
+def _table_options(path: Path) -> dict:
+    """What pandas needs to know of a table: its separator, where it starts, and that its first column is its index."""
+    skipped = 0
+    with pd.io.common.get_handle(path, "r", encoding="utf-8-sig", compression="infer") as handles:
+        line = handles.handle.readline()
+        while line.startswith("#"):
+            line, skipped = handles.handle.readline(), skipped + 1
+    separator = max("\t,; ", key=line.count)
+    return {"sep": separator, "index_col": 0, "skiprows": skipped, "encoding": "utf-8-sig"}
+
+
+def _check_text_columns(path: Path, head: pd.DataFrame, is_text: np.ndarray, is_gene: np.ndarray) -> None:
+    """Raise ValueError where text stands among numbers, or is all there is."""
+    for name in head.columns[is_text & is_gene]:
+        position = int(np.argmax(pd.to_numeric(head[name], errors="coerce").isna()))
+        _raise_text(path, head.index[position], name, head[name].iloc[position])
+    for name in head.columns[is_text & ~is_gene]:
+        is_number = pd.to_numeric(head[name], errors="coerce").notna()
+        if is_number.mean() > 0.5:
+            position = int(np.argmin(is_number))
+            _raise_text(path, head.index[position], name, head[name].iloc[position])
+    if is_text.all():
+        _raise_text(path, head.index[0], head.columns[0], head.iloc[0, 0])
+
+
+def _raise_text(path: Path, row, column, text) -> None:
+    raise ValueError(
+        f"Expression must be numbers, got the text {str(text)!r} in row {str(row)!r}, column {str(column)!r} of "
+        f"{path}. Check the separator and the decimal point, and take out columns that are no cells or genes."
+    )

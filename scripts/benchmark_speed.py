@@ -1,7 +1,8 @@
-"""Speed and memory of the scan and of whole models on this machine, beside what else there is.
+"""Speed and memory of the tokenizer, the scan and whole models on this machine, beside what else there is.
 
     python scripts/benchmark_speed.py                          # all parts, within 5 minutes on 2 cores
     python scripts/benchmark_speed.py --parts scan growth
+    python scripts/benchmark_speed.py --parts tokens --token-cells 300000    # files of 4 GB, in the temporary folder
     python scripts/benchmark_speed.py --report docs/performance.md
     python scripts/benchmark_speed.py --device cuda            # everything that is still to be measured on a GPU
 
@@ -11,7 +12,6 @@ loaded.
 """
 
 import argparse
-import ctypes
 import platform
 import time
 from collections import Counter
@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from benchmark_tokens import benchmark_tokens
+from measuring import in_turn, table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,78 +35,13 @@ from panfoma_hf.modeling.modeling_panfoma import PanFoMaDecoderLayer
 from panfoma_hf.modeling.selective_scan import BACKENDS
 
 
-PARTS = ("scan", "layer", "models", "floor", "growth", "training")
+PARTS = ("tokens", "scan", "layer", "models", "floor", "growth", "training")
 SCAN_LENGTHS = (256, 512, 1024, 3072, 12288)
 MODEL_LENGTHS = (512, 1024, 3072, 12288)
 GROWTH_LENGTHS = (768, 1536, 3072, 6144, 12288)
 # Dense bfloat16 TFLOP/s, from the makers' data sheets, for model FLOP utilisation.
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362}
 CORPUS_CELLS = 3_500_000  # PanFoMaBench
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def in_turn(
-    functions: dict[str, Callable], device: torch.device, repeats: int, limit: float = 2.0
-) -> dict[str, tuple[float, float | None]]:
-    """Least time of each, and MiB that its first call took at its peak beyond what was there before.
-
-    The least, as other work on the machine only ever adds to it. The first call's time is not counted, unless it is
-    above ``limit`` seconds: then it is the only one.
-    """
-    first = {name: peak_memory(function, device) for name, function in functions.items()}
-    times = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            if first[name][0] < limit:
-                times[name].append(seconds(function, device))
-    return {name: (min(times[name] or [taken]), peak) for name, (taken, peak) in first.items()}
-
-
-def peak_memory(function: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
-    """Seconds and MiB of a call; None where the system does not tell its memory."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        taken = seconds(function, device)
-        return taken, (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    try:
-        # Linux: give back what was freed, and forget the peak so far.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-    except (OSError, KeyError, AttributeError):
-        return seconds(function, device), None
-    taken = seconds(function, device)
-    return taken, max(0, _status("VmHWM") - before) / 2**10
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(dict(line.split(":", 1) for line in lines)[field].split()[0])
-
-
-def table(headings: list[str], rows: list[list]) -> str:
-    def text(value) -> str:
-        if value is None:
-            return "not measured"
-        if not isinstance(value, float):
-            return str(value)
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -468,6 +405,7 @@ def parse_arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--channels", type=int, default=1024, help="of the scan")
     parser.add_argument("--scan-lengths", type=int, nargs="+", default=SCAN_LENGTHS)
+    parser.add_argument("--token-cells", type=int, default=20_000, help="of the made-up matrix and of the files")
     parser.add_argument("--layer-cells", type=int, help="of the bidirectional layer; 32 on a GPU")
     parser.add_argument("--layer-genes", type=int, default=3072)
     parser.add_argument("--model-lengths", type=int, nargs="+", default=MODEL_LENGTHS)
@@ -528,6 +466,7 @@ def main(given: list[str] | None = None) -> None:
     torch.manual_seed(0)
     warm_up(device)
     titles = {
+        "tokens": (benchmark_tokens, "Counts to tokens"),
         "scan": (benchmark_scan, "The scan"),
         "layer": (benchmark_layer, "A bidirectional layer"),
         "models": (benchmark_models, "Whole models"),

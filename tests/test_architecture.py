@@ -28,7 +28,10 @@ ARROWS = {
     "evaluation": {"data", "modeling", "tokenization"},
     "inference": {"data", "modeling", "tokenization", "version"},
     "training": {"data", "modeling", "tokenization"},
-    "__init__": {"data", "inference", "modeling", "tokenization", "training", "version"},
+    "doctor": {"data", "tokenization"},
+    "cli": {"data", "doctor"},
+    "__main__": {"cli"},
+    "__init__": {"data", "doctor", "inference", "modeling", "tokenization", "training", "version"},
 }
 
 

@@ -186,34 +186,76 @@ def read_expression(
         If no matrix is usable, cells lie in columns, genes are another species', too few are known, or the same genes
         are there under two kinds of names.
     """
-    index = sample_index(len(cells.obs), SAMPLE_CELLS)
+    looked = look_at_matrices(cells, layer)
+    chosen = choose_matrix(cells, looked, is_named=layer is not None)
+    sample, scale = looked[chosen]
+    matrix = cells.matrices[chosen]
+    resolution = weigh(resolve_columns(matrix, tokenizer, gene_column), sample, scale)
+    check_genes(cells, resolution, sample, tokenizer, min_coverage)
+    scales = {key: scale for key, (_, scale) in looked.items()}
+    return Expression(chosen, matrix.rows, resolution, scale, scales, sample, cells.name)
+
+
+def look_at_matrices(cells: CellFile, layer: str | None = None) -> dict[str, tuple[sp.csr_matrix, ValueScale]]:
+    """Some cells of each matrix, by key, and what they hold; of one layer, or of all until counts are found.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer, or the file is damaged.
+    """
     if layer is not None and layer not in cells.matrices:
         raise ValueError(
             f"`layer` must be 'X', 'raw' or a layer's name, got {layer!r}; {cells.name} has {sorted(cells.matrices)}. "
             "Leave it out to have the counts looked for."
         )
-    samples, scales = {}, {}
+    index = sample_index(len(cells.obs), SAMPLE_CELLS)
+    looked = {}
     for key in _in_order(cells.matrices) if layer is None else [layer]:
         with readable(cells.name):
-            samples[key] = cells.matrices[key].rows.sample(index)
-        scales[key] = value_scale(samples[key].indptr, samples[key].data)
-        if scales[key].kind == COUNTS:
+            sample = cells.matrices[key].rows.sample(index)
+        looked[key] = sample, value_scale(sample.indptr, sample.data)
+        if looked[key][1].kind == COUNTS:
             break
-    layer_is_chosen, layer = layer is not None, min(scales, key=lambda key: KINDS.index(scales[key].kind))
-    scale, sample, matrix = scales[layer], samples[layer], cells.matrices[layer]
+    return looked
+
+
+def choose_matrix(cells: CellFile, looked: dict[str, tuple[sp.csr_matrix, ValueScale]], is_named: bool = False) -> str:
+    """The key of the matrix to read; one that the user named may hold values that nothing explains.
+
+    Raises
+    ------
+    ValueError
+        If none is usable.
+    """
+    layer = min(looked, key=lambda key: KINDS.index(looked[key][1].kind))
+    scale = looked[layer][1]
     if not scale.is_readable:
         message = _unreadable(scale, source_of(layer), cells.name)
-        if not (layer_is_chosen and scale.kind in (UNEXPLAINED, BINARY)):
+        if not (is_named and scale.kind in (UNEXPLAINED, BINARY)):
             raise ValueError(message)
         logger.warning(f"{message} It is read as it is, as you named it.")
+    return layer
 
-    resolution = resolve_columns(matrix, tokenizer, gene_column)
-    _check_orientation(cells, resolution, tokenizer)
+
+def weigh(resolution: GeneResolution, sample: sp.csr_matrix, scale: ValueScale) -> GeneResolution:
+    """The resolution with the counts of each column in a sample, logarithms taken back."""
     counts = sample.data if scale.log_base is None else np.expm1(sample.data * np.log(scale.log_base))
-    resolution = resolution.with_counts(np.bincount(sample.indices, counts, minlength=len(resolution)))
+    counts = np.where(np.isfinite(counts) & (counts > 0), counts, 0)
+    return resolution.with_counts(np.bincount(sample.indices, counts, minlength=len(resolution)))
+
+
+def check_genes(
+    cells: CellFile,
+    resolution: GeneResolution,
+    sample: sp.csr_matrix,
+    tokenizer: PanFoMaTokenizer,
+    min_coverage: float = MIN_COVERAGE,
+) -> None:
+    """Raise ValueError where the genes are not what a model can read; see `read_expression`."""
+    _check_orientation(cells, resolution, tokenizer)
     resolution.require(min_coverage)
     _check_two_kinds(resolution, sample, cells.name)
-    return Expression(layer, matrix.rows, resolution, scale, scales, sample, cells.name)
 
 
 def _in_order(matrices: Mapping[str, Matrix]) -> list[str]:

@@ -1,11 +1,13 @@
 """Files of cells, in whatever format: what they hold is opened here and read later, a chunk at a time."""
 
+import csv
 import gzip
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import anndata as ad
@@ -140,7 +142,7 @@ def readable(name: str) -> Iterator[None]:
         yield
     except SpillError:  # not the file's fault
         raise
-    except (KeyError, OSError, EOFError, OverflowError, zlib.error, RuntimeError, TypeError) as error:
+    except (KeyError, OSError, EOFError, OverflowError, zlib.error, RuntimeError) as error:
         raise ValueError(
             f"{name} cannot be read: {error}. It is cut off or damaged: download or write it again."
         ) from error
@@ -457,82 +459,118 @@ def _mtx_blocks(file, path: Path, shape: tuple[int, int], num_entries: int, is_t
 
 def read_table(path: Path, tokenizer: PanFoMaTokenizer) -> CellFile:
     """Open a table of cells and genes, told apart by their names; columns of text describe its rows."""
-    options = _table_options(path)
-    head = pd.read_csv(path, nrows=200, **options)
-    if not head.size:
-        raise ValueError(
-            f"A table of cells needs names and numbers, got {len(head):,} x {head.shape[1]:,} in {path}. Check its "
-            "separator."
-        )
-    resolved_columns = _are_genes(head.columns, tokenizer)
-    is_text = np.array([dtype.kind not in "biuf" for dtype in head.dtypes])
-    _check_text_columns(path, head, is_text, resolved_columns)
-    across = resolved_columns[~is_text].mean()
-    down = _are_genes(head.index, tokenizer).mean()
+    table = _TextTable(path)
+    table.check_text(_are_genes(table.columns, tokenizer))
+    columns = [table.columns[position] for position in table.numeric]
+    across = _are_genes(columns, tokenizer).mean()
+    down = _are_genes(table.labels.index, tokenizer).mean()
     if max(across, down) < 0.02:
         raise ValueError(
-            f"A table needs gene names in its first row or column, got {', '.join(map(str, head.columns[:3]))} and "
-            f"{', '.join(map(str, head.index[:3]))} in {path}. Add symbols or Ensembl ids."
+            f"A table needs gene names in its first row or column, got {', '.join(columns[:3])} and "
+            f"{', '.join(table.labels.index[:3])} in {path}. Add symbols or Ensembl ids."
         )
-    genes_in_rows, num_columns = down > across, int((~is_text).sum())
-    labels = []
-
-    def blocks() -> Iterator[tuple[int, sp.spmatrix]]:
-        types = {name: np.float64 for name, text in zip(head.columns, is_text, strict=True) if not text}
-        first = 0
-        for block in pd.read_csv(path, chunksize=max(1, BLOCK_ENTRIES // head.shape[1]), dtype=types, **options):
-            labels.append(block.loc[:, is_text])
-            numbers = sp.coo_matrix(block.loc[:, ~is_text].to_numpy())
-            if genes_in_rows:
-                shape = (num_columns, first + len(block))
-                yield 0, sp.coo_matrix((numbers.data, (numbers.col, numbers.row + first)), shape=shape)
-            else:
-                yield first, numbers
-            first += len(block)
-
-    rows = SpilledRows(blocks(), (num_columns, 0) if genes_in_rows else (0, num_columns))
-    by_row, by_column = pd.concat(labels), pd.DataFrame(index=head.columns[~is_text])
-    obs, var = (by_column, by_row) if genes_in_rows else (by_row, by_column)
-    rows.resize((len(obs), len(var)))
-    for table in (obs, var):
-        table.index = pd.Index(table.index.astype(str), name=None)
-    where = "rows" if genes_in_rows else "columns"
-    return CellFile(str(path), "table", obs, {"X": Matrix(rows, var)}, [f"genes are in its {where}"])
+    by_column = pd.DataFrame(index=columns)
+    if down > across:
+        rows = SpilledRows(table.blocks(genes_in_rows=True), (len(columns), len(table.labels)))
+        return CellFile(str(path), "table", by_column, {"X": Matrix(rows, table.labels)}, ["genes are in its rows"])
+    rows = SpilledRows(table.blocks(genes_in_rows=False), (len(table.labels), len(columns)))
+    return CellFile(str(path), "table", table.labels, {"X": Matrix(rows, by_column)}, ["genes are in its columns"])
 
 
-def _are_genes(names: pd.Index, tokenizer: PanFoMaTokenizer) -> np.ndarray:
+class _TextTable:
+    """A table with names in its first row and column; columns of text are told by its first lines.
+
+    pandas reads the names and the text; NumPy reads the numbers, as pandas takes a millisecond for each of 20,000
+    columns.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._skipped = path, 1
+        with self._open() as handles:
+            line = handles.handle.readline()
+            while line.startswith("#"):
+                line, self._skipped = handles.handle.readline(), self._skipped + 1
+            self._separator = max("\t,;", key=line.count)
+            header, *self._head = csv.reader([line, *islice(handles.handle, 50)], delimiter=self._separator)
+        self._head = [row for row in self._head if row]
+        width = len(self._head[0]) if self._head else 0
+        if width < 2 or len(header) not in (width, width - 1) or any(len(row) != width for row in self._head):
+            raise ValueError(
+                f"A table needs a row of names and then rows of a name and numbers, got rows of {len(header)} and "
+                f"{', '.join(map(str, sorted({len(row) for row in self._head}))) or 'no'} fields in {path}. "
+                "Check its separator."
+            )
+        self.columns = header[-(width - 1) :]  # R leaves the corner out
+        is_text = [not all(map(_is_number, fields)) for fields in zip(*(row[1:] for row in self._head), strict=True)]
+        self.numeric = [position for position, text in enumerate(is_text) if not text]
+        self.text = [position for position, text in enumerate(is_text) if text]
+        used = [0, *(position + 1 for position in self.text)]
+        # By position, as names may occur twice.
+        labels = pd.read_csv(
+            path,
+            sep=self._separator,
+            header=None,
+            skiprows=self._skipped,
+            usecols=used,
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+        )
+        self.labels = labels.set_index(0).set_axis([self.columns[position] for position in self.text], axis=1)
+        self.labels.index.name = None
+
+    def _open(self):
+        return pd.io.common.get_handle(self.path, "r", encoding="utf-8-sig", compression="infer")
+
+    def check_text(self, is_gene: np.ndarray) -> None:
+        """Raise ValueError where text stands among numbers, or is all there is."""
+        for position in self.text:
+            fields = [row[position + 1] for row in self._head]
+            is_text = [not _is_number(text) for text in fields]
+            if is_gene[position] or not self.numeric or np.mean(is_text) < 0.5:
+                row = int(np.argmax(is_text))
+                raise ValueError(
+                    f"Expression must be numbers, got the text {fields[row]!r} in row {self._head[row][0]!r}, column "
+                    f"{self.columns[position]!r} of {self.path}. Check the separator and the decimal point, and take "
+                    "out columns that are no cells or genes."
+                )
+
+    def blocks(self, genes_in_rows: bool) -> Iterator[tuple[int, sp.spmatrix]]:
+        """Blocks of the table's rows, for `SpilledRows`."""
+        first, step = 0, max(1, BLOCK_ENTRIES // len(self.columns))
+        with self._open() as handles:
+            lines = islice(handles.handle, self._skipped, None)
+            while block := [line for line in islice(lines, step) if line.strip()]:
+                numbers = self._numbers(block, first)
+                if genes_in_rows:
+                    size = (len(self.numeric), len(self.labels))
+                    yield 0, sp.coo_matrix((numbers.data, (numbers.col, numbers.row + first)), shape=size)
+                else:
+                    yield first, numbers
+                first += len(block)
+
+    def _numbers(self, lines: list[str], first: int) -> sp.coo_matrix:
+        used = [position + 1 for position in self.numeric]
+        try:
+            return sp.coo_matrix(
+                np.loadtxt(lines, delimiter=self._separator, usecols=used, quotechar='"', comments=None, ndmin=2)
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"Expression must be numbers, got others in the {len(lines):,} rows after {first:,} of {self.path}: "
+                f"{error}. Write 0 for what is missing, and take out columns that are no cells or genes."
+            ) from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or "nan")
+    except ValueError:
+        return text in ("NA", "N/A", "NULL")
+    return True
+
+
+def _are_genes(names: Sequence[str], tokenizer: PanFoMaTokenizer) -> np.ndarray:
     """Which of the names are of genes, of any species."""
     resolution = tokenizer.resolve_genes(names)
     return (resolution.token_ids >= 0) | (resolution.symbols != "") | (resolution.rule == SPECIES)
-
-
-def _table_options(path: Path) -> dict:
-    """What pandas needs to know of a table: its separator, where it starts, and that its first column is its index."""
-    skipped = 0
-    with pd.io.common.get_handle(path, "r", encoding="utf-8-sig", compression="infer") as handles:
-        line = handles.handle.readline()
-        while line.startswith("#"):
-            line, skipped = handles.handle.readline(), skipped + 1
-    separator = max("\t,; ", key=line.count)
-    return {"sep": separator, "index_col": 0, "skiprows": skipped, "encoding": "utf-8-sig"}
-
-
-def _check_text_columns(path: Path, head: pd.DataFrame, is_text: np.ndarray, is_gene: np.ndarray) -> None:
-    """Raise ValueError where text stands among numbers, or is all there is."""
-    for name in head.columns[is_text & is_gene]:
-        position = int(np.argmax(pd.to_numeric(head[name], errors="coerce").isna()))
-        _raise_text(path, head.index[position], name, head[name].iloc[position])
-    for name in head.columns[is_text & ~is_gene]:
-        is_number = pd.to_numeric(head[name], errors="coerce").notna()
-        if is_number.mean() > 0.5:
-            position = int(np.argmin(is_number))
-            _raise_text(path, head.index[position], name, head[name].iloc[position])
-    if is_text.all():
-        _raise_text(path, head.index[0], head.columns[0], head.iloc[0, 0])
-
-
-def _raise_text(path: Path, row, column, text) -> None:
-    raise ValueError(
-        f"Expression must be numbers, got the text {str(text)!r} in row {str(row)!r}, column {str(column)!r} of "
-        f"{path}. Check the separator and the decimal point, and take out columns that are no cells or genes."
-    )

@@ -163,7 +163,7 @@ class SpilledRows:
         The first row of a block and the block, sparse (rows, genes). Blocks may share rows: their entries are put
         together.
     shape
-        (cells, genes); where the blocks themselves tell it, `resize` it afterwards.
+        (cells, genes).
 
     Raises
     ------
@@ -179,15 +179,8 @@ class SpilledRows:
         for first_row, block in blocks:
             self._add(first_row, block.tocsr())
 
-    def resize(self, shape: tuple[int, int]) -> None:
-        """Set the number of cells and genes, at least as many as the blocks have."""
-        self.shape = shape
-        self._sizes = np.pad(self._sizes, (0, shape[0] - len(self._sizes)))
-
     def _add(self, first_row: int, block: sp.csr_matrix) -> None:
-        last_row = first_row + block.shape[0]
-        self._sizes = np.pad(self._sizes, (0, max(0, last_row - len(self._sizes))))
-        self._sizes[first_row:last_row] += np.diff(block.indptr)
+        self._sizes[first_row : first_row + block.shape[0]] += np.diff(block.indptr)
         try:
             offset = self._file.seek(0, 2)
             self._file.write(block.indptr.astype(np.int64).tobytes())
@@ -275,11 +268,11 @@ def _checked_indptr(indptr, indices, data, num_rows: int) -> np.ndarray:
         len(indptr) != num_rows + 1
         or indptr[0] != 0
         or (np.diff(indptr) < 0).any()
-        or indptr[-1] > min(len(indices), len(data))
+        or indptr[-1] > min(indices.shape[0], data.shape[0])
     ):
         raise ValueError(
             f"A sparse matrix needs {num_rows + 1:,} ascending offsets into its values, got {len(indptr):,} up to "
-            f"{indptr.max(initial=0):,} for {len(data):,} values. The file is damaged: write or download it again."
+            f"{indptr.max(initial=0):,} for {data.shape[0]:,} values. The file is damaged: write or download it again."
         )
     return indptr
 

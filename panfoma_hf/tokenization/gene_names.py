@@ -334,7 +334,8 @@ class GeneResolution:
             shown = ", ".join(row["examples"])
             lines.append(f"{rule:<24}{row['names']:>8,}{'' if share is None else f'{share:.2%}':>10}  {shown}")
         covered = "" if self.coverage is None else f"{self.coverage:.2%}"
-        lines.append(f"{'resolved':<24}{self.num_resolved:>8,}{covered:>10}  of {len(self):,}")
+        of_genes = ", antibodies and the like not counted" if NOT_A_GENE in facts["rules"] else ""
+        lines.append(f"{'resolved':<24}{self.num_resolved:>8,}{covered:>10}  of {len(self):,}{of_genes}")
         if self.duplicates:
             shown = "; ".join(f"{gene} from {', '.join(names)}" for gene, names in list(self.duplicates.items())[:3])
             lines.append(f"counts added up for {len(self.duplicates):,} genes of several columns: {shown}")

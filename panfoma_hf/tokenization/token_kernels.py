@@ -2,8 +2,8 @@
 """Many cells to tokens at once: what `expression.bin_cells` does, compiled by Numba at first use, then cached on disk.
 
 A cell's genes are put in order by marking their places in a table as large as the vocabulary and reading it from front
-to back, which also adds up the columns of one gene. Values are ranked by a radix sort of their bits, of which passes
-that all of a cell's values agree in are skipped: small counts need two or three.
+to back, which also adds up the columns of one gene. Small counts are ranked by counting them, other values by a radix
+sort of their bits, without the passes that all of a cell's values agree in.
 """
 
 import os
@@ -27,6 +27,13 @@ _PIECES_PER_THREAD = 4
 _RADIX_BITS = 8
 _BUCKETS = 1 << _RADIX_BITS
 _PASSES = 64 // _RADIX_BITS
+# Counts below this are counted instead of sorted.
+_SMALL = 256
+# The place of the only bit of a number that has one: 64 windows of 6 bits in this sequence are all different.
+_DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
+_BIT_OF = np.empty(64, dtype=np.int64)
+for _bit in range(64):
+    _BIT_OF[((1 << _bit) * int(_DE_BRUIJN) & (2**64 - 1)) >> 58] = _bit
 
 
 def bin_cells(
@@ -112,15 +119,16 @@ def _bin_piece(
 ):  # pragma: no cover
     """Bin the cells from ``first`` to before ``last``; False where a value or a column is not usable."""
     num_places = len(token_of_place)
-    marks = np.zeros(-(-num_places // 8) * 8, dtype=np.uint8)
-    eights = marks.view(np.uint64)
+    marks = np.zeros(-(-num_places // 64), dtype=np.uint64)  # a bit for each place
     sums = np.zeros(num_places, dtype=np.float64)
     cell_values = np.empty(num_places, dtype=np.float64)
-    other_values = np.empty(num_places, dtype=np.float64)
-    # Numbers that are not negative are ordered as their bits are.
-    keys, other_keys = cell_values.view(np.uint64), other_values.view(np.uint64)
-    order, other_order = np.empty(num_places, dtype=np.int32), np.empty(num_places, dtype=np.int32)
-    histogram = np.empty((_PASSES, _BUCKETS), dtype=np.int32)
+    scratch = (
+        np.empty((2, num_places), dtype=np.float64),
+        np.empty((2, num_places), dtype=np.int32),
+        np.empty((_PASSES, _BUCKETS), dtype=np.int32),
+    )
+    how_many = np.empty(_SMALL, dtype=np.int32)
+    bin_of_count = np.empty(_SMALL, dtype=np.int32)
 
     for cell in range(first, last):
         start, end = indptr[cell], indptr[cell + 1]
@@ -133,60 +141,98 @@ def _bin_piece(
             entry += 1
             if place < 0 or value == 0:
                 continue
-            if marks[place] and not is_sum:
+            word, bit = place >> 6, np.uint64(1) << np.uint64(place & 63)
+            if marks[word] & bit and not is_sum:
                 is_sum = True
                 if log_scale:  # once more from the start of the cell, as what the logarithms were taken of
-                    eights[:], sums[:], entry = 0, 0, start
+                    marks[:], sums[:], entry = 0, 0, start
                     continue
-            marks[place] = 1
+            marks[word] |= bit
             sums[place] += np.expm1(value * log_scale) if is_sum and log_scale else value
 
-        size = 0
-        for eight in range(len(eights)):
-            if eights[eight]:
-                for place in range(8 * eight, 8 * eight + 8):
-                    if marks[place]:
-                        if size < limit:
-                            tokens[start + size] = token_of_place[place]
-                        cell_values[size], sums[place] = sums[place], 0
-                        size += 1
-                eights[eight] = 0
+        size, are_whole = 0, True
+        for word in range(len(marks)):
+            left = marks[word]
+            while left:
+                lowest = left & (~left + np.uint64(1))
+                left ^= lowest
+                place = 64 * word + _BIT_OF[(lowest * _DE_BRUIJN) >> np.uint64(58)]
+                if size < limit:
+                    tokens[start + size] = token_of_place[place]
+                value, sums[place] = sums[place], 0
+                are_whole &= value == np.floor(value)
+                cell_values[size] = value
+                size += 1
+            marks[word] = 0
         lengths[cell] = min(size, limit)
 
-        histogram[:] = 0
+        tolerance = SUM_TOLERANCE if is_sum else 0.0
+        if not are_whole:
+            _bin_sorted(cell_values, size, 0.0, 0, size, num_bins, tolerance, bins[start:], limit, scratch)
+            continue
+        # Counts: the small ones, nearly all, need no sorting.
+        how_many[:] = 0
+        num_small = 0
         for index in range(size):
-            order[index] = index
-            key = keys[index]
+            if cell_values[index] < _SMALL:
+                how_many[np.int64(cell_values[index])] += 1
+                num_small += 1
+        low = 0
+        for count in range(_SMALL):
+            high = low + how_many[count]
+            if high > low:
+                bin_of_count[count] = 1 + num_bins * (low + high) // (2 * size)
+            low = high
+        for index in range(min(size, limit)):
+            if cell_values[index] < _SMALL:
+                bins[start + index] = bin_of_count[np.int64(cell_values[index])]
+        if num_small < size:
+            _bin_sorted(cell_values, size, _SMALL, num_small, size, num_bins, tolerance, bins[start:], limit, scratch)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _bin_sorted(
+    cell_values, num_values, threshold, num_below, size, num_bins, tolerance, bins, limit, scratch
+):  # pragma: no cover
+    """Bin those of a cell's values that are not below a threshold, which ``num_below`` are, by sorting them."""
+    both_values, both_orders, histogram = scratch
+    values, other_values, order, other_order = both_values[0], both_values[1], both_orders[0], both_orders[1]
+    # Numbers that are not negative are ordered as their bits are.
+    keys, other_keys = values.view(np.uint64), other_values.view(np.uint64)
+    histogram[:] = 0
+    found = 0
+    for index in range(num_values):
+        if cell_values[index] >= threshold:
+            values[found], order[found] = cell_values[index], index
+            key = keys[found]
             for step in range(_PASSES):
                 histogram[step, (key >> np.uint64(_RADIX_BITS * step)) & np.uint64(_BUCKETS - 1)] += 1
-        these, those, this_order, that_order = keys, other_keys, order, other_order
-        ranked, other_ranked = cell_values, other_values
-        for step in range(_PASSES):
-            counts, shift = histogram[step], np.uint64(_RADIX_BITS * step)
-            if size == 0 or counts[(these[0] >> shift) & np.uint64(_BUCKETS - 1)] == size:
-                continue
-            total = 0
-            for bucket in range(_BUCKETS):
-                counts[bucket], total = total, total + counts[bucket]
-            for index in range(size):
-                key = these[index]
-                bucket = (key >> shift) & np.uint64(_BUCKETS - 1)
-                those[counts[bucket]], that_order[counts[bucket]] = key, this_order[index]
-                counts[bucket] += 1
-            these, those, this_order, that_order = those, these, that_order, this_order
-            ranked, other_ranked = other_ranked, ranked
-
-        low, tolerance = 0, SUM_TOLERANCE if is_sum else 0.0
-        while low < size:
-            high = low + 1
-            while high < size and ranked[high] - ranked[high - 1] <= tolerance * ranked[high]:
-                high += 1
-            bin_id = 1 + num_bins * (low + high) // (2 * size)
-            for index in range(low, high):
-                if this_order[index] < limit:
-                    bins[start + this_order[index]] = bin_id
-            low = high
-    return True
+            found += 1
+    for step in range(_PASSES):
+        counts, shift = histogram[step], np.uint64(_RADIX_BITS * step)
+        if found == 0 or counts[(keys[0] >> shift) & np.uint64(_BUCKETS - 1)] == found:
+            continue
+        total = 0
+        for bucket in range(_BUCKETS):
+            counts[bucket], total = total, total + counts[bucket]
+        for index in range(found):
+            key = keys[index]
+            bucket = (key >> shift) & np.uint64(_BUCKETS - 1)
+            other_keys[counts[bucket]], other_order[counts[bucket]] = key, order[index]
+            counts[bucket] += 1
+        keys, other_keys, order, other_order = other_keys, keys, other_order, order
+        values, other_values = other_values, values
+    low = 0
+    while low < found:
+        high = low + 1
+        while high < found and values[high] - values[high - 1] <= tolerance * values[high]:
+            high += 1
+        bin_id = 1 + num_bins * (2 * num_below + low + high) // (2 * size)
+        for index in range(low, high):
+            if order[index] < limit:
+                bins[order[index]] = bin_id
+        low = high
 
 
 @njit(cache=True, nogil=True)

@@ -24,6 +24,8 @@ from .value_scale import ValueScale, value_scale
 logger = logging.get_logger(__name__)
 
 GENES_FILE = "genes.tsv.gz"
+# Numba takes half a second to import; NumPy is done with so many entries by then.
+FEW_ENTRIES = 2**18
 # Keys of an encoding that have one value a gene, and their dtypes in padded arrays.
 _SEQUENCE_KEYS = ("input_ids", "expression_bins", "attention_mask")
 
@@ -291,8 +293,7 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         if scale is None and resolution.duplicates:
             few = min(len(indptr) - 1, 512)
             scale = value_scale(indptr[: few + 1] - indptr[0], values[indptr[0] : indptr[few]])
-        # Numba takes half a second to import; few cells are done by then.
-        bin_cells = _compiled_bin_cells() if len(values) > 2**18 else plain_bin_cells
+        bin_cells = _compiled_bin_cells() if len(values) > FEW_ENTRIES else plain_bin_cells
         try:
             tokens, bins, lengths = bin_cells(
                 indptr,

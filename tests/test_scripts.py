@@ -73,6 +73,18 @@ def test_the_gene_table_is_built_in_hgnc_order_and_the_same_each_time(name, tmp_
     ]
 
 
+def test_the_report_of_gene_names_explains_what_is_not_covered(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "good.h5ad")
+    adata.var_names = [*adata.var_names[:30], "MTRNR2L12", *(f"AC020656.{index}" for index in range(9))]
+    adata.write_h5ad(tmp_path / "worse.h5ad")
+    run_script("report_gene_names.py", tmp_path, "--report", tmp_path / "names.md")
+    written = (tmp_path / "names.md").read_text()
+    assert "| good | 40 of 40 | **100.00%** | 100.00% |" in written
+    assert "1 of 2 files reach 97 %" in written
+    assert "outside the vocabulary (1 names: MTRNR2L12)" in written
+    assert "clone name (9 names: AC020656." in written
+
+
 def test_the_benchmark_prints_and_writes_its_tables(tmp_path):
     lengths = [
         argument
@@ -92,10 +104,13 @@ def test_the_benchmark_prints_and_writes_its_tables(tmp_path):
         "--no-peers",
         "--layer-genes",
         "16",
+        "--token-cells",
+        "50",
     )
     printed = run_script("benchmark_speed.py", *small, *lengths, "--device", "cpu", "--report", report)
     written = report.read_text()
     for heading in (
+        "Counts to tokens",
         "The scan",
         "A bidirectional layer",
         "Whole models",

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from .data.cells import MIN_COVERAGE, Expression, tokenize, writable_cells
+from .data.cells import MIN_COVERAGE, Expression, name_of, tokenize, writable_cells
 from .data.collator import DataCollatorForCells
 from .data.dataset import cell_dataset
 from .modeling import PanFoMaForCellClassification, PanFoMaPreTrainedModel
@@ -79,7 +79,14 @@ def embed(
     adata = writable_cells(cells)
     tokenizer = _load_tokenizer(model, tokenizer)
     # Whatever is wrong with the cells is said before a model is loaded.
-    tokens, expression = tokenize(adata, tokenizer, layer=layer, gene_column=gene_column, min_coverage=min_coverage)
+    tokens, expression = tokenize(
+        adata,
+        tokenizer,
+        layer=layer,
+        gene_column=gene_column,
+        min_coverage=min_coverage,
+        name=name_of(cells),
+    )
     model = _load_model(AutoModel, model, tokenizer, device)
     result = _run(tokens, expression, model, tokenizer, batch_size, progress)
     adata.obsm[key_added] = result.embeddings
@@ -128,7 +135,14 @@ def annotate(
     """
     adata = writable_cells(cells)
     tokenizer = _load_tokenizer(model, tokenizer)
-    tokens, expression = tokenize(adata, tokenizer, layer=layer, gene_column=gene_column, min_coverage=min_coverage)
+    tokens, expression = tokenize(
+        adata,
+        tokenizer,
+        layer=layer,
+        gene_column=gene_column,
+        min_coverage=min_coverage,
+        name=name_of(cells),
+    )
     model = _load_model(AutoModelForSequenceClassification, model, tokenizer, device)
     config = model.config
     if not hasattr(model, "classifier"):

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from .data.cells import MIN_COVERAGE, anndata_cells, read_cells, read_expression, tokenize
+from .data.cells import MIN_COVERAGE, anndata_cells, name_of, read_cells, read_expression, tokenize
 from .data.collator import DataCollatorForCells
 from .data.dataset import cell_dataset
 from .data.variable_genes import variable_genes
@@ -193,6 +193,7 @@ def finetune(
         If ``output_dir`` holds something other than a checkpoint.
     """
     _check_replaceable(output_dir)
+    name, validation_name = name_of(cells), name_of(validation)
     cells = read_cells(cells)
     names = sorted(set(_labels(cells, label)))
     if len(names) < 2:
@@ -205,14 +206,16 @@ def finetune(
     tokenizer = _starting_tokenizer(model)
     reading = {"gene_column": gene_column, "min_coverage": min_coverage}
     if isinstance(gene_set, Integral):
-        expression = read_expression(anndata_cells(cells), tokenizer, layer=layer, **reading)
+        expression = read_expression(anndata_cells(cells, name), tokenizer, layer=layer, **reading)
         gene_set = variable_genes(cells, gene_set, tokenizer, layer=expression.layer, gene_column=gene_column)
     if gene_set is not None:
         tokenizer.gene_set = gene_set
-    train_dataset = _labelled_dataset(cells, label, names, tokenizer, layer=layer, **reading)
+    train_dataset = _labelled_dataset(cells, label, names, tokenizer, layer=layer, name=name, **reading)
     eval_dataset = None
     if validation is not None:
-        eval_dataset = _labelled_dataset(validation, label, names, tokenizer, layer=layer, **reading)
+        eval_dataset = _labelled_dataset(
+            validation, label, names, tokenizer, layer=layer, name=validation_name, **reading
+        )
 
     train_labels = np.asarray(train_dataset["labels"])
     arguments = {

@@ -129,7 +129,7 @@ class Expression:
     def _checked(self, pending) -> sp.csr_matrix:
         with readable(self.name):
             chunk = pending.result()
-        if chunk.nnz and chunk.data.max() > MAX_COUNT:
+        if chunk.nnz and MAX_COUNT < chunk.data.max() < np.inf:
             scale = ValueScale(OVERFLOW, f"values up to {chunk.data.max():,.0f}")
             raise ValueError(_unreadable(scale, self.source, self.name))
         return chunk
@@ -145,7 +145,10 @@ class Expression:
             Genes of a cell that are kept; None keeps all.
         """
         for chunk in self.chunks():
-            yield tokenizer.tokenize_cells(chunk, self.resolution, max_length=max_length, scale=self.scale)
+            try:
+                yield tokenizer.tokenize_cells(chunk, self.resolution, max_length=max_length, scale=self.scale)
+            except ValueError as error:
+                raise ValueError(str(error).replace("the matrix", f"{self.source} of {self.name}", 1)) from None
 
 
 def source_of(layer: str) -> str:
@@ -213,11 +216,23 @@ def look_at_matrices(cells: CellFile, layer: str | None = None) -> dict[str, tup
     looked = {}
     for key in _in_order(cells.matrices) if layer is None else [layer]:
         with readable(cells.name):
-            sample = cells.matrices[key].rows.sample(index)
+            sample = _without_repeats(cells.matrices[key].rows.sample(index), source_of(key))
         looked[key] = sample, value_scale(sample.indptr, sample.data)
         if looked[key][1].kind == COUNTS:
             break
     return looked
+
+
+def _without_repeats(sample: sp.csr_matrix, source: str) -> sp.csr_matrix:
+    """The sample in canonical form; zarr gives zeros for parts of a folder that are not there, indices among them."""
+    num_entries = sample.nnz
+    if not sample.has_canonical_format:
+        sample.sum_duplicates()
+    if sample.nnz < num_entries:
+        raise ValueError(
+            f"a gene must stand once in a cell, got some {num_entries - sample.nnz:,} times more in {source}"
+        )
+    return sample
 
 
 def choose_matrix(cells: CellFile, looked: dict[str, tuple[sp.csr_matrix, ValueScale]], is_named: bool = False) -> str:
@@ -241,7 +256,9 @@ def choose_matrix(cells: CellFile, looked: dict[str, tuple[sp.csr_matrix, ValueS
 def weigh(resolution: GeneResolution, sample: sp.csr_matrix, scale: ValueScale) -> GeneResolution:
     """The resolution with the counts of each column in a sample, logarithms taken back."""
     counts = sample.data if scale.log_base is None else np.expm1(sample.data * np.log(scale.log_base))
-    counts = np.where(np.isfinite(counts) & (counts > 0), counts, 0)
+    usable = np.isfinite(counts) & (counts > 0)
+    if not usable.all():
+        counts = np.where(usable, counts, 0)
     return resolution.with_counts(np.bincount(sample.indices, counts, minlength=len(resolution)))
 
 
@@ -254,7 +271,7 @@ def check_genes(
 ) -> None:
     """Raise ValueError where the genes are not what a model can read; see `read_expression`."""
     _check_orientation(cells, resolution, tokenizer)
-    resolution.require(min_coverage)
+    resolution.require(min_coverage, cells.name)
     _check_two_kinds(resolution, sample, cells.name)
 
 
@@ -326,8 +343,16 @@ def tokenize(
     layer: str | None = None,
     gene_column: str | None = None,
     min_coverage: float = MIN_COVERAGE,
+    name: str = "the AnnData",
 ) -> tuple[CellTokens, Expression]:
     """Tokenize an AnnData's cells, whole; sub-sampling is the collator's.
+
+    Parameters
+    ----------
+    cells, tokenizer, layer, gene_column, min_coverage
+        As in `read_expression`.
+    name
+        What to call the cells in an error, such as the file that they came from.
 
     Returns
     -------
@@ -341,7 +366,7 @@ def tokenize(
     if not cells.n_obs:
         raise ValueError("At least one cell is needed, got an AnnData without cells. Check how it was subset.")
     expression = read_expression(
-        anndata_cells(cells), tokenizer, layer=layer, gene_column=gene_column, min_coverage=min_coverage
+        anndata_cells(cells, name), tokenizer, layer=layer, gene_column=gene_column, min_coverage=min_coverage
     )
     tokens = CellTokens.concatenate(list(expression.tokens(tokenizer)))
     logger.warning(
@@ -349,6 +374,11 @@ def tokenize(
         f"{tokens.lengths.mean():.0f} genes a cell."
     )
     return tokens, expression
+
+
+def name_of(cells: ad.AnnData | str | Path) -> str:
+    """What to call cells in an error."""
+    return "the AnnData" if isinstance(cells, ad.AnnData) else str(cells)
 
 
 def writable_cells(cells: ad.AnnData | str | Path) -> ad.AnnData:

@@ -24,6 +24,9 @@ from .storage import BLOCK_ENTRIES, CompressedColumns, CompressedRows, Rows, Sli
 
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".tab")
+_WEB_PAGE = (b"<!doctype", b"<html")
+# Text of a block is parsed in parts, as the parser needs several times their memory.
+_PARTS_OF_BLOCK = 4
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = ".h5ad, .zarr, .loom, 10x .h5, a 10x folder or .mtx file, .csv or .tsv (also gzipped)"
 
@@ -73,7 +76,9 @@ class CellFile(AbstractContextManager):
         self.close()
 
     def close(self) -> None:
-        """Close the file; what was read stays."""
+        """Close the file and what was kept of it in temporary files; what was read stays."""
+        for matrix in self.matrices.values():
+            matrix.rows.close()
         if self._close is not None:
             self._close()
 
@@ -144,12 +149,17 @@ def readable(name: str) -> Iterator[None]:
         raise
     except (KeyError, OSError, EOFError, OverflowError, zlib.error, RuntimeError) as error:
         raise ValueError(
-            f"{name} cannot be read: {error}. It is cut off or damaged: download or write it again."
+            f"{name} cannot be read: {_one_line(error)}. It is cut off or damaged: download or write it again."
         ) from error
     except ValueError as error:
         if type(error) is ValueError and name in str(error):
             raise
-        raise ValueError(f"{name} cannot be read: {error}. Check what it holds, or write it again.") from error
+        raise ValueError(f"{name} cannot be read: {_one_line(error)}. Check it, or write it again.") from error
+
+
+def _one_line(error: Exception) -> str:
+    """The message of a library's error, as a part of a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _reader_of(path: Path) -> Callable[..., CellFile]:
@@ -169,12 +179,13 @@ def _reader_of(path: Path) -> Callable[..., CellFile]:
     if start.startswith(b"\x89HDF\r\n\x1a\n"):
         return read_hdf5
     name = path.name.lower()
+    is_web_page = start.lstrip().lower().startswith(_WEB_PAGE)
     if name.endswith(".zarr.zip"):
         return read_zarr
     unpacked = next((name.removesuffix(suffix) for suffix in PACKED if name.endswith(suffix)), name)
-    if unpacked.endswith(".mtx"):
+    if unpacked.endswith(".mtx") and not is_web_page:
         return read_mtx
-    if unpacked.endswith(TEXT_SUFFIXES) and (unpacked != name or b"\0" not in start):
+    if unpacked.endswith(TEXT_SUFFIXES) and not is_web_page and (unpacked != name or b"\0" not in start):
         return read_table
     raise ValueError(f"Cells are read from {FORMATS}, got {path.name}, which is {_looks_like(start, unpacked)}")
 
@@ -183,7 +194,7 @@ def _looks_like(start: bytes, name: str) -> str:
     """What a file that cannot be read seems to be, and what to do."""
     if start.startswith(b"\x80") and start[1:2] in b"\x02\x03\x04\x05":
         return "a Python pickle. Load it where it was made and write it with `adata.write_h5ad()`."
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+    if start.lstrip().lower().startswith(_WEB_PAGE):
         return "a web page. The download went wrong: download it again."
     if name.endswith((".rds", ".rdata", ".rda", ".robj")):
         return "an R object. Write its counts in R, with anndataR's write_h5ad() or DropletUtils' write10xCounts()."
@@ -246,8 +257,8 @@ def _read_anndata(path: Path, group, name: str) -> CellFile:
         obs, var, raw_var = old.obs, old.var, None if old.raw is None else old.raw.var
         old.file.close()
     else:
-        obs, var = read_elem(group["obs"]), read_elem(group["var"])
-        raw_var = read_elem(group["raw/var"]) if "raw/var" in group else None
+        obs, var = _read_frame(group, "obs", path), _read_frame(group, "var", path)
+        raw_var = _read_frame(group, "raw/var", path) if "raw/var" in group else None
     found = {"X": (group.get("X"), var), "raw": (group.get("raw/X", group.get("raw.X")), raw_var)}
     found |= {key: (group["layers"][key], var) for key in group.get("layers", ())}
     matrices = {}
@@ -257,7 +268,17 @@ def _read_anndata(path: Path, group, name: str) -> CellFile:
     return CellFile(str(path), name, obs, matrices)
 
 
-def anndata_cells(adata: ad.AnnData) -> CellFile:
+def _read_frame(group, key: str, path: Path) -> pd.DataFrame:
+    try:
+        return read_elem(group[key])
+    except Exception as error:  # AnnData's own have no public name
+        raise ValueError(
+            f"{path} cannot be read: {_one_line(error)}. Update anndata, as the file may be newer than it is, or write "
+            "the file again."
+        ) from error
+
+
+def anndata_cells(adata: ad.AnnData, name: str = "the AnnData") -> CellFile:
     """The matrices of an AnnData, in memory or backed, as those of a file."""
     found = {"X": (adata.X, adata.var)}
     if adata.raw is not None:
@@ -266,7 +287,7 @@ def anndata_cells(adata: ad.AnnData) -> CellFile:
     matrices = {
         key: Matrix(_sliced_rows(matrix, key), var) for key, (matrix, var) in found.items() if matrix is not None
     }
-    return CellFile("the AnnData", "AnnData", adata.obs, matrices)
+    return CellFile(name, "AnnData", adata.obs, matrices)
 
 
 def _sliced_rows(matrix, source: str) -> SlicedRows:
@@ -389,7 +410,13 @@ def _read_names(path: Path, prefix: str, names: tuple[str, ...], what: str) -> p
     for name in names:
         for file in (path.parent / f"{prefix}{name}", path.parent / f"{prefix}{name}.gz"):
             if file.is_file():
-                return pd.read_csv(file, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
+                try:
+                    return pd.read_csv(file, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
+                except pd.errors.EmptyDataError as error:
+                    raise ValueError(
+                        f"A Matrix Market file needs the names of its {what}, got an empty {file.name} beside {path}. "
+                        "Write or download it again."
+                    ) from error
     raise ValueError(
         f"A Matrix Market file needs the names of its {what} beside it, got no {prefix}{names[0]} (or .gz) in "
         f"{path.parent}. Put {' or '.join(names)} there."
@@ -400,17 +427,20 @@ def _mtx_rows(path: Path, num_cells: int, num_genes: int) -> Rows:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         header = file.readline().lower().split()
-        if header[:3] != ["%%matrixmarket", "matrix", "coordinate"] or header[3] not in ("integer", "real"):
+        if header[:3] != ["%%matrixmarket", "matrix", "coordinate"] or header[3:4] not in (["integer"], ["real"]):
             raise ValueError(
                 f"A matrix of counts starts with '%%MatrixMarket matrix coordinate integer', got "
                 f"{' '.join(header)[:60]!r} in {path}. Write it with Cell Ranger, STARsolo or scipy.io.mmwrite."
             )
-        line = file.readline()
-        while line.startswith("%") or not line.strip():
-            if not line:
-                raise ValueError(f"The file ends within its header: {path}. Download or write it again.")
-            line = file.readline()
-        height, width, num_entries = map(int, line.split())
+        sizes = next((line for line in file if line.strip() and not line.startswith("%")), "").split()
+        if not sizes:
+            raise ValueError(f"{path} ends within its header. Download or write it again.")
+        if len(sizes) != 3 or not all(map(str.isdecimal, sizes)):
+            raise ValueError(
+                f"The header of a Matrix Market file ends with the numbers of rows, columns and entries, got "
+                f"{' '.join(sizes)[:60]!r} in {path}. Download or write it again."
+            )
+        height, width, num_entries = map(int, sizes)
         if (height, width) not in ((num_genes, num_cells), (num_cells, num_genes)):
             raise ValueError(
                 f"The header of a Matrix Market file must fit the files beside it, got {height:,} x {width:,} in "
@@ -422,29 +452,44 @@ def _mtx_rows(path: Path, num_cells: int, num_genes: int) -> Rows:
         return SpilledRows(blocks, (num_cells, num_genes))
 
 
-def _mtx_blocks(file, path: Path, shape: tuple[int, int], num_entries: int, is_transposed: bool) -> Iterator:
-    seen = 0
-    chunks = pd.read_csv(
-        file, sep=r"\s+", header=None, chunksize=BLOCK_ENTRIES, dtype=str if num_entries == 0 else None
-    )
-    for chunk in chunks if num_entries else ():
-        if chunk.shape[1] != 3 or not all(kind.kind in "iuf" for kind in chunk.dtypes) or chunk.isna().any(axis=None):
+def _mtx_blocks(
+    file, path: Path, shape: tuple[int, int], num_entries: int, is_transposed: bool
+) -> Iterator[tuple[int, sp.spmatrix]]:
+    """Blocks of the entries in the order of the file, for `SpilledRows`."""
+    entries = _mtx_entries(file, path, shape, num_entries)
+    while parts := list(islice(entries, _PARTS_OF_BLOCK)):
+        row, column, values = map(np.concatenate, zip(*parts, strict=True))
+        cells, genes = (column, row) if is_transposed else (row, column)
+        first = int(cells.min())
+        size = (int(cells.max()) - first + 1, shape[0] if is_transposed else shape[1])
+        yield first, sp.coo_matrix((values, (cells - first, genes)), shape=size)
+
+
+def _mtx_entries(file, path: Path, shape: tuple[int, int], num_entries: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Rows and columns from 0 and values, a part of the file at a time."""
+    seen, step = 0, max(1, BLOCK_ENTRIES // _PARTS_OF_BLOCK)
+    try:
+        parts = pd.read_csv(file, sep=r"\s+", header=None, chunksize=step)
+    except pd.errors.EmptyDataError:
+        parts = ()
+    for lines in parts:
+        kinds = "".join(dtype.kind for dtype in lines.dtypes)
+        if not re.fullmatch("[iu][iu][iuf]", kinds) or lines.isna().any(axis=None):
             raise ValueError(
-                f"Lines of a Matrix Market file are three numbers, got others in the {len(chunk):,} lines after entry "
-                f"{seen:,} of {path}. The file is damaged, or holds numbers too large for 64 bits."
+                f"Lines of a Matrix Market file are three numbers, got others in the {len(lines):,} lines after entry "
+                f"{seen:,} of {path}. The file is damaged, its positions are no whole numbers, or its numbers are too "
+                "large for 64 bits: write it again."
             )
-        row, column, values = (chunk[position].to_numpy() for position in range(3))
-        row, column = row.astype(np.int64) - 1, column.astype(np.int64) - 1
-        if not (0 <= row.min() <= row.max() < shape[0] and 0 <= column.min() <= column.max() < shape[1]):
+        row, column, values = (lines[position].to_numpy() for position in range(3))
+        is_outside = (row < 1) | (row > shape[0]) | (column < 1) | (column > shape[1])
+        if is_outside.any():
+            first = int(np.argmax(is_outside))
             raise ValueError(
                 f"Entries of {path} must lie within its header's {shape[0]:,} x {shape[1]:,}, got one at "
-                f"({row.max() + 1:,}, {column.max() + 1:,}). The header is of another matrix: write the file again."
+                f"({row[first]:,}, {column[first]:,}). The header is of another matrix: write the file again."
             )
-        seen += len(chunk)
-        cells, genes = (column, row) if is_transposed else (row, column)
-        first, num_rows = cells.min(), np.ptp(cells) + 1
-        size = (num_rows, shape[0] if is_transposed else shape[1])
-        yield int(first), sp.coo_matrix((values, (cells - first, genes)), shape=size)
+        seen += len(lines)
+        yield (row - 1).astype(np.int32), (column - 1).astype(np.int32), values
     if seen != num_entries:
         raise ValueError(
             f"The header of {path} promises {num_entries:,} entries, got {seen:,}. "
@@ -540,7 +585,10 @@ class _TextTable:
         first, step = 0, max(1, BLOCK_ENTRIES // len(self.columns))
         with self._open() as handles:
             lines = islice(handles.handle, self._skipped, None)
-            while block := [line for line in islice(lines, step) if line.strip()]:
+            while block := list(islice(lines, step)):
+                block = [line for line in block if line.strip()]
+                if not block:
+                    continue
                 numbers = self._numbers(block, first)
                 if genes_in_rows:
                     size = (len(self.numeric), len(self.labels))
@@ -550,7 +598,14 @@ class _TextTable:
                 first += len(block)
 
     def _numbers(self, lines: list[str], first: int) -> sp.coo_matrix:
-        used = [position + 1 for position in self.numeric]
+        used, width = [position + 1 for position in self.numeric], len(self.columns) + 1
+        for row, line in enumerate(lines, start=first + 1):
+            num_fields = line.count(self._separator) + 1
+            if num_fields != width and '"' not in line:
+                raise ValueError(
+                    f"Rows of a table must have the same number of fields, got {num_fields:,} in row {row:,} of "
+                    f"{self.path} where others have {width:,}. The file is cut off or its separator is in a name."
+                )
         try:
             return sp.coo_matrix(
                 np.loadtxt(lines, delimiter=self._separator, usecols=used, quotechar='"', comments=None, ndmin=2)
@@ -558,7 +613,7 @@ class _TextTable:
         except ValueError as error:
             raise ValueError(
                 f"Expression must be numbers, got others in the {len(lines):,} rows after {first:,} of {self.path}: "
-                f"{error}. Write 0 for what is missing, and take out columns that are no cells or genes."
+                f"{_one_line(error)}. Write 0 for what is missing, and take out columns that are no cells or genes."
             ) from error
 
 

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 # Entries that are held at a time; a few hundred MB with what is computed from them.
 CHUNK_ENTRIES = 2**21
 # Of a matrix in another order, a block is sorted in memory before it is written to the temporary file.
-BLOCK_ENTRIES = 2**22
+BLOCK_ENTRIES = 2**21
 # Cells of a sample lie in runs, each of which is one read.
 SAMPLE_RUN = 16
 
@@ -34,6 +34,9 @@ class Rows(Protocol):
 
     def bounds(self) -> list[int]:
         """Where chunks start, and the number of rows: each chunk fits into memory."""
+
+    def close(self) -> None:
+        """Give up temporary files."""
 
 
 class SlicedRows:
@@ -57,6 +60,8 @@ class SlicedRows:
             self._matrix = self._matrix.tocsr()
         rows = self._matrix[:, start:stop].T if self._transposed else self._matrix[start:stop]
         rows = rows.compute() if hasattr(rows, "compute") else rows
+        if sp.issparse(rows):
+            _checked_indices(rows.indices, self.shape[1])
         return sp.csr_matrix(rows if rows.dtype != np.float16 else rows.astype(np.float32))
 
     def sample(self, index: np.ndarray) -> sp.csr_matrix:
@@ -69,6 +74,9 @@ class SlicedRows:
             return _bounds(self._matrix.tocsr().indptr)
         step = max(1, 2 * CHUNK_ENTRIES // max(self.shape[1], 1))
         return [*range(0, self.shape[0], step), self.shape[0]]
+
+    def close(self) -> None:
+        """There is nothing to give up."""
 
 
 class CompressedRows:
@@ -101,6 +109,9 @@ class CompressedRows:
     def bounds(self) -> list[int]:
         """Where chunks start, and the number of rows."""
         return _bounds(self._indptr)
+
+    def close(self) -> None:
+        """There is nothing to give up."""
 
 
 class CompressedColumns:
@@ -139,7 +150,7 @@ class CompressedColumns:
         """Rows of an ascending index, (rows, genes), in one pass over the columns."""
         if self._rows is not None:
             return self._rows.sample(index)
-        place = np.full(self.shape[0], -1)
+        place = np.full(self.shape[0], -1, dtype=np.int32)
         place[index] = np.arange(len(index))
         parts = []
         for block in self._blocks():
@@ -153,9 +164,14 @@ class CompressedColumns:
         self.read(0, 0)
         return self._rows.bounds()
 
+    def close(self) -> None:
+        """Give up the temporary file."""
+        if self._rows is not None:
+            self._rows.close()
+
 
 class SpilledRows:
-    """Rows whose entries came in another order, in a temporary file that vanishes with this object.
+    """Rows whose entries came in another order, in a temporary file that vanishes when it is closed.
 
     Parameters
     ----------
@@ -176,8 +192,16 @@ class SpilledRows:
         self._file = tempfile.TemporaryFile(prefix="panfoma-")  # noqa: SIM115 - lives as long as this object
         self._blocks: list[tuple[int, int, int, int, np.dtype]] = []
         self._sizes = np.zeros(self.shape[0], dtype=np.int64)
-        for first_row, block in blocks:
-            self._add(first_row, block.tocsr())
+        try:
+            for first_row, block in blocks:
+                self._add(first_row, block.tocsr())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give up the temporary file; no row can be read any more."""
+        self._file.close()
 
     def _add(self, first_row: int, block: sp.csr_matrix) -> None:
         self._sizes[first_row : first_row + block.shape[0]] += np.diff(block.indptr)

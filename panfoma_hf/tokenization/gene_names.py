@@ -247,13 +247,15 @@ class GeneResolution:
         }
         return dataclasses.replace(self, **changed)
 
-    def require(self, min_coverage: float = 0.0) -> None:
+    def require(self, min_coverage: float = 0.0, source: str = "the names") -> None:
         """Raise unless enough of the expression is of known human genes.
 
         Parameters
         ----------
         min_coverage
             Share of the counts that must fall on resolved genes; of the names, where counts are not known.
+        source
+            Where the names are from, for the error.
 
         Raises
         ------
@@ -265,9 +267,9 @@ class GeneResolution:
         if self.species:
             shown = self.names[self.rule == SPECIES]
             raise ValueError(
-                f"PanFoMa reads human genes, got those of {self.species}{examples(shown)}. Map them to their human "
-                "one-to-one orthologues (Ensembl BioMart) and pass those as gene names; a score for such cells is not "
-                "to be trusted as for human ones."
+                f"PanFoMa reads human genes, got those of {self.species}{examples(shown)} in {source}. Map them to "
+                "their human one-to-one orthologues (Ensembl BioMart) and pass those as gene names; a score for such "
+                "cells is not to be trusted as for human ones."
             )
         num_genes = int((self.rule != NOT_A_GENE).sum())
         of_names = self.num_resolved / num_genes if num_genes else 0.0
@@ -278,7 +280,7 @@ class GeneResolution:
                 columns = columns[np.argsort(-self.counts[columns], kind="stable")]
             raise ValueError(
                 f"At least {min_coverage:.0%} of the {what} must be of genes that the model knows, got {share:.1%} "
-                f"({self.num_resolved:,} of {len(self):,} names); the largest of the others: "
+                f"in {source} ({self.num_resolved:,} of {len(self):,} names); the largest of the others: "
                 f"{', '.join(str(self.names[column]) for column in columns[:5])}. "
                 "Name the column that holds symbols or Ensembl ids with `gene_column`, or lower `min_coverage`."
             )

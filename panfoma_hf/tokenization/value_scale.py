@@ -27,6 +27,8 @@ _ABSOLUTE, _RELATIVE = 1e-3, 1.5e-3
 # Larger ratios are whole numbers to that precision by chance too often.
 _MAX_RATIO = 30
 _MIN_ENTRIES = 5
+# What is no counts is told from the first cells with so many values.
+_ENOUGH_VALUES = 2**20
 _LOG_BASES = {math.e: "log1p", 2.0: "log2(1 + x)", 10.0: "log10(1 + x)"}
 
 
@@ -70,32 +72,40 @@ def value_scale(indptr: np.ndarray, values: np.ndarray) -> ValueScale:
     values
         (values,), any of them.
     """
-    values = np.asarray(values, dtype=np.float64)
+    values = np.asarray(values)
     if not np.isfinite(values).all():
         return ValueScale(NOT_FINITE, f"{np.count_nonzero(~np.isfinite(values)):,} NaN or infinite values")
-    cells = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    expressed = values != 0
-    values, cells = values[expressed], cells[expressed]
-    if not len(values):
+    if not values.any():
         return ValueScale(EMPTY, "no value other than 0")
-    is_whole = values == np.rint(values)
-    if (values < 0).any():
-        if is_whole.all() and values.min() <= -(2**31) + 1:
-            return ValueScale(OVERFLOW, f"whole numbers down to {values.min():,.0f}, the sign of an overflow")
-        return ValueScale(SCALED, f"{(values < 0).mean():.0%} of the values are negative, the lowest {values.min():g}")
-    if values.max() > MAX_COUNT:
-        return ValueScale(OVERFLOW, f"values up to {values.max():,.0f}, more than a cell can hold")
-    if is_whole.all():
-        if values.min() == values.max() and len(values) > 1000:
-            return ValueScale(BINARY, f"every value is 0 or {values.max():g}")
+    lowest, highest = float(values.min()), float(values.max())
+    are_whole = values.dtype.kind in "biu" or bool((values == np.rint(values)).all())
+    if lowest < 0:
+        if are_whole and lowest < -(2**30):
+            return ValueScale(OVERFLOW, f"whole numbers down to {lowest:,.0f}, the sign of an overflow")
+        return ValueScale(SCALED, f"{(values < 0).mean():.0%} of the values are negative, the lowest {lowest:g}")
+    if highest > MAX_COUNT:
+        return ValueScale(OVERFLOW, f"values up to {highest:,.0f}, more than a cell can hold")
+    if are_whole:
+        expressed = values[values != 0]
+        if len(expressed) > 1000 and expressed.min() == highest:
+            return ValueScale(BINARY, f"every value is 0 or {highest:g}")
         return ValueScale(COUNTS, "whole numbers")
+
+    few = np.searchsorted(indptr, min(len(values), _ENOUGH_VALUES), side="right")
+    indptr = indptr[: max(few, 2)]
+    values = values[: indptr[-1]].astype(np.float64)
+    cells = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))[values != 0]
+    values = values[values != 0]
+    if not len(values):
+        return ValueScale(EMPTY, f"no value other than 0 in {len(indptr) - 1:,} cells")
+    is_whole = values == np.rint(values)
     if _are_multiples(values, cells):
         return ValueScale(NORMALIZED, "whole multiples of one value in each cell")
     if _are_multiples(values**2, cells):
         return ValueScale(NORMALIZED, "square roots of whole multiples of one value in each cell")
     if is_whole.mean() >= 0.5:
         return ValueScale(FRACTIONAL, f"{is_whole.mean():.0%} of the values are whole numbers")
-    logs = {base: name for base, name in _LOG_BASES.items() if values.max() * math.log(base) < 50}
+    logs = {base: name for base, name in _LOG_BASES.items() if highest * math.log(base) < 50}
     unlogged = {base: np.expm1(values * math.log(base)) for base in logs}
     for base, name in logs.items():
         if _are_multiples(unlogged[base], cells):

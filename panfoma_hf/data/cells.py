@@ -25,7 +25,7 @@ from ..tokenization.value_scale import (
     UNEXPLAINED,
 )
 from .readers import CellFile, Matrix, anndata_cells, open_cells, readable
-from .storage import Rows, sample_index
+from .storage import Rows, check_matrix, sample_index
 
 
 logger = logging.get_logger(__name__)
@@ -415,7 +415,11 @@ def read_cells(cells: ad.AnnData | str | Path) -> ad.AnnData:
         if file.format in ("h5ad", "zarr"):
             file.close()
             with readable(file.name):
-                return ad.read_h5ad(cells) if file.format == "h5ad" else ad.read_zarr(cells)
+                adata = ad.read_h5ad(cells) if file.format == "h5ad" else ad.read_zarr(cells)
+                for matrix in (adata.X, None if adata.raw is None else adata.raw.X, *adata.layers.values()):
+                    if sp.issparse(matrix):
+                        check_matrix(matrix)
+            return adata
         with readable(file.name):
             matrices = {
                 key: sp.vstack([matrix.rows.read(*bounds) for bounds in pairwise(matrix.rows.bounds())], format="csr")

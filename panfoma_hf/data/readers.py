@@ -242,7 +242,10 @@ def _read_hdf5(path: Path, file: h5py.File) -> CellFile:
 
 def read_zarr(path: Path) -> CellFile:
     """Open an AnnData in zarr, a folder or a `.zarr.zip`."""
-    group = zarr.open_group(str(path), mode="r")
+    try:
+        group = zarr.open_group(str(path), mode="r")
+    except Exception as error:  # of whatever kind its metadata lead to
+        raise ValueError(f"{path} cannot be read as zarr: {_one_line(error)}. Copy or write it again.") from error
     if "obs" not in group or "var" not in group:
         raise ValueError(
             f"A zarr store of cells holds obs, var and X, got {', '.join(group) or 'nothing'} in {path}. "
@@ -359,7 +362,7 @@ def _read_loom(path: Path, file: h5py.File) -> CellFile:
 
 
 def _loom_attributes(group: h5py.Group) -> pd.DataFrame:
-    columns = {name: dataset for name, dataset in group.items() if dataset.ndim == 1}
+    columns = {name: data for name, data in group.items() if isinstance(data, h5py.Dataset) and data.ndim == 1}
     return pd.DataFrame(
         {name: data[:] if data.dtype.kind in "biuf" else _texts(data) for name, data in columns.items()}
     )

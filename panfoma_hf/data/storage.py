@@ -57,11 +57,12 @@ class SlicedRows:
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows from ``start`` to before ``stop``, (rows, genes)."""
         if sp.issparse(self._matrix) and self._matrix.format != "csr":
+            check_matrix(self._matrix)
             self._matrix = self._matrix.tocsr()
         rows = self._matrix[:, start:stop].T if self._transposed else self._matrix[start:stop]
         rows = rows.compute() if hasattr(rows, "compute") else rows
         if sp.issparse(rows):
-            _checked_indices(rows.indices, self.shape[1])
+            check_matrix(rows)
         return sp.csr_matrix(rows if rows.dtype != np.float16 else rows.astype(np.float32))
 
     def sample(self, index: np.ndarray) -> sp.csr_matrix:
@@ -277,8 +278,9 @@ def sample_index(num_rows: int, size: int) -> np.ndarray:
     return np.unique(starts[:, None] + np.arange(SAMPLE_RUN))
 
 
-def _bounds(indptr: np.ndarray, entries: int = CHUNK_ENTRIES) -> list[int]:
-    """Cut rows into chunks of at most so many entries, or of one row."""
+def _bounds(indptr: np.ndarray, entries: int | None = None) -> list[int]:
+    """Cut rows into chunks of at most so many entries, a chunk's where None, or of one row."""
+    entries = CHUNK_ENTRIES if entries is None else entries
     bounds, num_rows = [0], len(indptr) - 1
     while bounds[-1] < num_rows:
         fits = np.searchsorted(indptr, indptr[bounds[-1]] + entries, side="right") - 1
@@ -299,6 +301,11 @@ def _checked_indptr(indptr, indices, data, num_rows: int) -> np.ndarray:
             f"{indptr.max(initial=0):,} for {data.shape[0]:,} values. The file is damaged: write or download it again."
         )
     return indptr
+
+
+def check_matrix(matrix: sp.spmatrix) -> None:
+    """Raise ValueError where a CSR or CSC matrix in memory has indices beyond its shape."""
+    _checked_indices(matrix.indices, matrix.shape[0 if matrix.format == "csc" else 1])
 
 
 def _checked_indices(indices: np.ndarray, size: int) -> np.ndarray:

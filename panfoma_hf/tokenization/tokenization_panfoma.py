@@ -289,7 +289,7 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         if min_coverage:
             check_genes(genes, len(resolution))
             resolution = resolution.with_counts(np.bincount(genes, np.nan_to_num(values), minlength=len(resolution)))
-        resolution.require(min_coverage)
+        resolution.require(min_coverage, source)
         if scale is None and resolution.duplicates:
             few = min(len(indptr) - 1, 512)
             scale = value_scale(indptr[: few + 1] - indptr[0], values[indptr[0] : indptr[few]])

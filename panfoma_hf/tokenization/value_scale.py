@@ -82,7 +82,8 @@ def value_scale(indptr: np.ndarray, values: np.ndarray) -> ValueScale:
     if lowest < 0:
         if are_whole and lowest < -(2**30):
             return ValueScale(OVERFLOW, f"whole numbers down to {lowest:,.0f}, the sign of an overflow")
-        return ValueScale(SCALED, f"{(values < 0).mean():.0%} of the values are negative, the lowest {lowest:g}")
+        num_negative = np.count_nonzero(values < 0)
+        return ValueScale(SCALED, f"{num_negative:,} of {values.size:,} are negative, the lowest {lowest:g}")
     if highest > MAX_COUNT:
         return ValueScale(OVERFLOW, f"values up to {highest:,.0f}, more than a cell can hold")
     if are_whole:

@@ -221,7 +221,7 @@ def test_some_names_in_mouse_style_among_human_ones_are_mended(tokenizer):
 
 def test_too_few_counts_on_known_genes_are_an_error_below_a_threshold(tokenizer):
     names, cells = ["CD8A", "TRAC", "eGFP"], np.array([[1, 1, 8]])
-    with pytest.raises(ValueError, match=r"At least 50% of the counts .* got 20.0% \(2 of 3 names\).* eGFP\. Name"):
+    with pytest.raises(ValueError, match=r"At least 50% of the counts .* got 20.0% in the matrix \(2 of 3 names\).* eGFP\. Name"):
         tokenizer(cells, gene_names=names, min_coverage=0.5)
     assert len(tokenizer(cells, gene_names=names, min_coverage=0.2)["input_ids"][0]) == 2
     assert len(tokenizer(cells, gene_names=names)["input_ids"][0]) == 2

@@ -14,14 +14,14 @@ from .data.cells import (
     MIN_COVERAGE,
     SAMPLE_CELLS,
     check_genes,
-    choose_matrix,
+    check_scale,
     look_at_matrices,
     resolve_columns,
     source_of,
     weigh,
 )
 from .data.readers import CellFile, open_cells
-from .data.storage import sample_index
+from .data.storage import CompressedColumns, sample_of
 from .tokenization import CellTokens, GeneResolution, PanFoMaTokenizer, ValueScale
 
 
@@ -176,18 +176,17 @@ def _columns_by_role(obs: pd.DataFrame) -> dict[str, dict[str, str]]:
 
 def _describe_expression(report, cells, tokenizer, model, layer, gene_column, min_coverage) -> None:
     looked = look_at_matrices(cells, layer)
-    report.facts["matrices"] = {source_of(key): str(scale) for key, (_, scale) in looked.items()}
+    sample, scale, rows = looked.sample, looked.scale, cells.matrices[looked.layer].rows
+    report.facts["matrices"] = {source_of(key): str(scale) for key, scale in looked.scales.items()}
     try:
-        chosen = choose_matrix(cells, looked, is_named=layer is not None)
-        report.facts["expression"] = f"{source_of(chosen)}, {looked[chosen][1]}"
+        check_scale(cells, looked, is_named=layer is not None)
+        report.facts["expression"] = f"{source_of(looked.layer)}, {scale}"
     except ValueError as error:
         report.problems.append(str(error))
-        chosen = next(iter(looked))
-    sample, scale = looked[chosen]
     report.facts["looked at"] = (
         "all cells" if sample.shape[0] == len(cells.obs) else f"{sample.shape[0]:,} cells, evenly spaced"
     )
-    report.genes = weigh(resolve_columns(cells.matrices[chosen], tokenizer, gene_column), sample, scale)
+    report.genes = weigh(resolve_columns(cells.matrices[looked.layer], tokenizer, gene_column), sample, scale)
     report.facts["genes"] = len(report.genes)
     report.facts["ids"] = dict(report.genes.kinds)
     report.facts["species"] = report.genes.species or "human"
@@ -198,11 +197,14 @@ def _describe_expression(report, cells, tokenizer, model, layer, gene_column, mi
     if report.problems or not report.genes.num_resolved:
         return
     tokens = tokenizer.tokenize_cells(sample, report.genes, max_length=tokenizer.model_max_length, scale=scale)
-    started = time.perf_counter()  # once more, now that what is compiled has been loaded
-    cells.matrices[chosen].rows.sample(sample_index(len(cells.obs), SAMPLE_CELLS))
-    tokenizer.tokenize_cells(sample, report.genes, max_length=tokenizer.model_max_length, scale=scale)
-    rate = sample.shape[0] / (time.perf_counter() - started)
-    report.facts["reading"] = f"{rate:,.0f} cells/s from file to tokens, {len(cells.obs) / rate:,.0f} s for all cells"
+    if not isinstance(rows, CompressedColumns):  # of which a sample costs as much as the whole
+        started = time.perf_counter()  # once more, now that what is compiled has been loaded
+        sample_of(rows, SAMPLE_CELLS)
+        tokenizer.tokenize_cells(sample, report.genes, max_length=tokenizer.model_max_length, scale=scale)
+        rate = sample.shape[0] / (time.perf_counter() - started)
+        report.facts["reading"] = (
+            f"{rate:,.0f} cells/s from file to tokens, {len(cells.obs) / rate:,.0f} s for all cells"
+        )
     _describe_cells(report, sample, scale, tokens, tokenizer)
     if model is not None:
         _describe_model(report, model, tokenizer, tokens, len(cells.obs))
@@ -268,6 +270,8 @@ def _describe_model(report, model, tokenizer, tokens: CellTokens, num_cells: int
     body = AutoModel.from_pretrained(model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     collate = DataCollatorForCells(tokenizer, random=False)
     filled = np.flatnonzero(tokens.lengths)
+    if not len(filled):
+        return
     batches = np.array_split(filled[np.argsort(-tokens.lengths[filled], kind="stable")], max(1, len(filled) // 16))
     timed, seconds = 0, 0.0
     with torch.inference_mode():

@@ -183,7 +183,9 @@ def test_trainers_own_checkpoints_hold_the_tokenizer(adata, fresh, tmp_path):
         ),
         pytest.param(lambda a: setattr(a, "X", a.X * -1), "negative values in X", id="negative"),
         pytest.param(
-            lambda a: setattr(a, "var_names", [f"feature{i}" for i in range(40)]), r"got 0.0% in the AnnData \(0 of 40", id="no_gene"
+            lambda a: setattr(a, "var_names", [f"feature{i}" for i in range(40)]),
+            r"got 0.0% in the AnnData \(0 of 40",
+            id="no_gene",
         ),
     ],
 )
@@ -349,7 +351,9 @@ def test_an_empty_cell_is_called_unassigned_and_has_a_finite_embedding(trained, 
         pytest.param(lambda a: setattr(a, "X", a.X * -1), "negative", id="negative"),
         pytest.param(lambda a: setattr(a, "X", a.X * np.nan), "NaN", id="nan"),
         pytest.param(
-            lambda a: setattr(a, "var_names", [f"feature{i}" for i in range(40)]), r"got 0.0% in the AnnData \(0 of 40", id="no_gene"
+            lambda a: setattr(a, "var_names", [f"feature{i}" for i in range(40)]),
+            r"got 0.0% in the AnnData \(0 of 40",
+            id="no_gene",
         ),
     ],
 )

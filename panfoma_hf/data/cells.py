@@ -1,5 +1,6 @@
 """From cells in whatever file or AnnData to tokens: which matrix is read, what its genes are, and a chunk at a time."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers.utils import logging
 from ..tokenization import CellTokens, GeneResolution, PanFoMaTokenizer, ValueScale, value_scale
 from ..tokenization.value_scale import (
     BINARY,
+    COUNT_LAYERS,
     COUNTS,
     EMPTY,
     KINDS,
@@ -24,8 +26,8 @@ from ..tokenization.value_scale import (
     SCALED,
     UNEXPLAINED,
 )
-from .readers import CellFile, Matrix, anndata_cells, open_cells, readable
-from .storage import Rows, check_matrix, sample_index
+from .readers import LAYER_PREFIX, CellFile, Matrix, anndata_cells, open_cells, open_zarr, readable
+from .storage import Rows, check_matrix, sample_of
 
 
 logger = logging.get_logger(__name__)
@@ -35,8 +37,7 @@ logger = logging.get_logger(__name__)
 MIN_COVERAGE = 0.7
 # Cells that are looked at to tell what a matrix holds and how much of it known genes cover.
 SAMPLE_CELLS = 2048
-# Layers that are looked at first, and columns of var that may hold further names of the same genes.
-COUNT_LAYERS = ("counts", "count", "raw_counts", "counts_raw", "umi", "umi_counts")
+# Columns of var that may hold further names of the same genes.
 NAME_COLUMNS = (
     "gene_ids", "gene_id", "ensembl", "ensembl_id", "ensembl_gene_id", "ensemblid", "accession", "feature_id",
     "gene_symbols", "gene_symbol", "symbols", "symbol", "gene_names", "gene_name", "gene_short_name", "gene",
@@ -81,13 +82,9 @@ class Expression:
     rows
         (cells, genes).
     resolution
-        What its columns are, weighted by the counts of ``sample``.
+        What its columns are, weighted by the counts of a sample: evenly spaced runs of up to `SAMPLE_CELLS` cells.
     scale
-        What its values are, told by ``sample``.
-    scales
-        What the matrices hold that were looked at, by key.
-    sample
-        (sampled cells, genes), evenly spaced runs of cells; all of up to `SAMPLE_CELLS`.
+        What its values are, told by that sample.
     name
         What to call the file in an error.
     """
@@ -96,8 +93,6 @@ class Expression:
     rows: Rows
     resolution: GeneResolution
     scale: ValueScale
-    scales: dict[str, ValueScale]
-    sample: sp.csr_matrix
     name: str
 
     @property
@@ -153,7 +148,7 @@ class Expression:
 
 def source_of(layer: str) -> str:
     """A matrix's key as Python writes it."""
-    return {"X": "X", "raw": "raw.X"}.get(layer, f"layers[{layer!r}]")
+    return {"X": "X", "raw": "raw.X"}.get(layer, f"layers[{layer.removeprefix(LAYER_PREFIX)!r}]")
 
 
 def read_expression(
@@ -166,8 +161,8 @@ def read_expression(
 ) -> Expression:
     """Choose the matrix to read, find out what it holds, and resolve its genes.
 
-    Of the matrices that are there, counts come before counts times a factor, and these before logarithms; of equal ones
-    a layer of counts before raw, raw before X and X before other layers.
+    Of a layer of counts, raw and X, counts come before counts times a factor, and these before logarithms; of equal
+    ones the layer before raw, and raw before X. Other layers are read where none of these can be.
 
     Parameters
     ----------
@@ -190,17 +185,39 @@ def read_expression(
         are there under two kinds of names.
     """
     looked = look_at_matrices(cells, layer)
-    chosen = choose_matrix(cells, looked, is_named=layer is not None)
-    sample, scale = looked[chosen]
-    matrix = cells.matrices[chosen]
-    resolution = weigh(resolve_columns(matrix, tokenizer, gene_column), sample, scale)
-    check_genes(cells, resolution, sample, tokenizer, min_coverage)
-    scales = {key: scale for key, (_, scale) in looked.items()}
-    return Expression(chosen, matrix.rows, resolution, scale, scales, sample, cells.name)
+    check_scale(cells, looked, is_named=layer is not None)
+    matrix = cells.matrices[looked.layer]
+    resolution = weigh(resolve_columns(matrix, tokenizer, gene_column), looked.sample, looked.scale)
+    check_genes(cells, resolution, looked.sample, tokenizer, min_coverage)
+    return Expression(looked.layer, matrix.rows, resolution, looked.scale, cells.name)
 
 
-def look_at_matrices(cells: CellFile, layer: str | None = None) -> dict[str, tuple[sp.csr_matrix, ValueScale]]:
-    """Some cells of each matrix, by key, and what they hold; of one layer, or of all until counts are found.
+@dataclass
+class Look:
+    """What a look at some cells of each matrix gave.
+
+    Parameters
+    ----------
+    scales
+        What the matrices hold that were looked at, by key.
+    layer
+        The best of them.
+    sample
+        (sampled cells, genes), cells of that one.
+    """
+
+    scales: dict[str, ValueScale]
+    layer: str
+    sample: sp.csr_matrix
+
+    @property
+    def scale(self) -> ValueScale:
+        """What the best matrix holds."""
+        return self.scales[self.layer]
+
+
+def look_at_matrices(cells: CellFile, layer: str | None = None) -> Look:
+    """Look at one layer; or at layers of counts, raw and X until counts are found, and at others if none is readable.
 
     Raises
     ------
@@ -212,19 +229,26 @@ def look_at_matrices(cells: CellFile, layer: str | None = None) -> dict[str, tup
             f"`layer` must be 'X', 'raw' or a layer's name, got {layer!r}; {cells.name} has {sorted(cells.matrices)}. "
             "Leave it out to have the counts looked for."
         )
-    index = sample_index(len(cells.obs), SAMPLE_CELLS)
-    looked = {}
-    for key in _in_order(cells.matrices) if layer is None else [layer]:
-        with readable(cells.name):
-            sample = _without_repeats(cells.matrices[key].rows.sample(index), source_of(key))
-        looked[key] = sample, value_scale(sample.indptr, sample.data)
-        if looked[key][1].kind == COUNTS:
+    first = [key for key in cells.matrices if key.removeprefix(LAYER_PREFIX).lower() in (*COUNT_LAYERS, "raw")]
+    first = sorted(first, key="raw".__eq__) + [key for key in ("X",) if key in cells.matrices]
+    others = [key for key in cells.matrices if key not in first]
+    scales, best, best_sample = {}, None, None
+    for key in [*first, *others] if layer is None else [layer]:
+        if best is not None and key in others and scales[best].is_readable:
             break
-    return looked
+        rows = cells.matrices[key].rows
+        with readable(cells.name):
+            sample = _without_repeats(sample_of(rows, SAMPLE_CELLS), source_of(key))
+        scales[key] = value_scale(sample.indptr, sample.data)
+        if best is None or KINDS.index(scales[key].kind) < KINDS.index(scales[best].kind):
+            best, best_sample = key, sample
+        if scales[key].kind == COUNTS:
+            break
+    return Look(scales, best, best_sample)
 
 
 def _without_repeats(sample: sp.csr_matrix, source: str) -> sp.csr_matrix:
-    """The sample in canonical form; zarr gives zeros for parts of a folder that are not there, indices among them."""
+    """The sample in canonical form; a gene that stands twice in a cell is a sign of damage."""
     num_entries = sample.nnz
     if not sample.has_canonical_format:
         sample.sum_duplicates()
@@ -235,22 +259,14 @@ def _without_repeats(sample: sp.csr_matrix, source: str) -> sp.csr_matrix:
     return sample
 
 
-def choose_matrix(cells: CellFile, looked: dict[str, tuple[sp.csr_matrix, ValueScale]], is_named: bool = False) -> str:
-    """The key of the matrix to read; one that the user named may hold values that nothing explains.
-
-    Raises
-    ------
-    ValueError
-        If none is usable.
-    """
-    layer = min(looked, key=lambda key: KINDS.index(looked[key][1].kind))
-    scale = looked[layer][1]
-    if not scale.is_readable:
-        message = _unreadable(scale, source_of(layer), cells.name)
-        if not (is_named and scale.kind in (UNEXPLAINED, BINARY)):
-            raise ValueError(message)
-        logger.warning(f"{message} It is read as it is, as you named it.")
-    return layer
+def check_scale(cells: CellFile, looked: Look, is_named: bool = False) -> None:
+    """Raise ValueError where no matrix is usable; one that the user named may hold values that nothing explains."""
+    if looked.scale.is_readable:
+        return
+    message = _unreadable(looked.scale, source_of(looked.layer), cells.name)
+    if not (is_named and looked.scale.kind in (UNEXPLAINED, BINARY)):
+        raise ValueError(message)
+    logger.warning(f"{message} It is read as it is, as you named it.")
 
 
 def weigh(resolution: GeneResolution, sample: sp.csr_matrix, scale: ValueScale) -> GeneResolution:
@@ -275,12 +291,6 @@ def check_genes(
     _check_two_kinds(resolution, sample, cells.name)
 
 
-def _in_order(matrices: Mapping[str, Matrix]) -> list[str]:
-    first = [key for key in matrices if key.lower() in COUNT_LAYERS]
-    first += [key for key in ("raw", "X") if key in matrices]
-    return first + [key for key in matrices if key not in first]
-
-
 def _unreadable(scale: ValueScale, source: str, name: str) -> str:
     rule, remedy = _RULES[scale.kind]
     return f"Expression must {rule}, got {scale.kind} in {source} of {name}: {scale.reason}. {remedy}"
@@ -297,10 +307,13 @@ def resolve_columns(matrix: Matrix, tokenizer: PanFoMaTokenizer, gene_column: st
             )
         resolution = tokenizer.resolve_genes(var[gene_column])
     else:
-        resolution = tokenizer.resolve_genes(var.index)
-        for column in var:
-            if str(column).lower() in NAME_COLUMNS and var[column].dtype.kind not in "biufc":
-                resolution = resolution.filled_from(tokenizer.resolve_genes(var[column]))
+        names = [var[column] for column in var if str(column).lower() in NAME_COLUMNS]
+        names = [column for column in names if column.dtype.kind not in "biufc"]
+        # Numbers count rows more often than they name genes of NCBI.
+        if not (names and np.mean([str(name).isdecimal() for name in var.index]) > 0.5):
+            names.insert(0, var.index)
+        first, *others = (tokenizer.resolve_genes(column) for column in names)
+        resolution = functools.reduce(GeneResolution.filled_from, others, first)
     for column in var:
         types = var[column].astype(str).str.lower() if str(column).lower() in TYPE_COLUMNS else None
         if types is not None and (types == GENE_TYPE).any():
@@ -401,6 +414,14 @@ def writable_cells(cells: ad.AnnData | str | Path) -> ad.AnnData:
     return adata
 
 
+def _read_zarr(path: str | Path) -> ad.AnnData:
+    group = open_zarr(Path(path))
+    try:
+        return ad.read_zarr(group)
+    finally:
+        group.store.close()
+
+
 def read_cells(cells: ad.AnnData | str | Path) -> ad.AnnData:
     """Read cells into memory: an AnnData is passed through, a file of any format that `open_cells` knows is read.
 
@@ -415,7 +436,7 @@ def read_cells(cells: ad.AnnData | str | Path) -> ad.AnnData:
         if file.format in ("h5ad", "zarr"):
             file.close()
             with readable(file.name):
-                adata = ad.read_h5ad(cells) if file.format == "h5ad" else ad.read_zarr(cells)
+                adata = ad.read_h5ad(cells) if file.format == "h5ad" else _read_zarr(cells)
                 for matrix in (adata.X, None if adata.raw is None else adata.raw.X, *adata.layers.values()):
                     if sp.issparse(matrix):
                         check_matrix(matrix)

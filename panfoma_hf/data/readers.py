@@ -3,7 +3,6 @@
 import csv
 import gzip
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +15,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import zarr
+from anndata.abc import CSCDataset, CSRDataset
 from anndata.io import read_elem
 
 from ..tokenization import PanFoMaTokenizer
 from ..tokenization.gene_names import SPECIES
+from ..tokenization.value_scale import COUNT_LAYERS
 from .storage import BLOCK_ENTRIES, CompressedColumns, CompressedRows, Rows, SlicedRows, SpilledRows, SpillError
 
 
@@ -28,6 +29,8 @@ _WEB_PAGE = (b"<!doctype", b"<html")
 # Text of a block is parsed in parts, as the parser needs several times their memory.
 _PARTS_OF_BLOCK = 4
 PACKED = (".gz", ".bz2", ".xz", ".zst")
+# Before the key of a layer that is called as X or raw are.
+LAYER_PREFIX = "layers/"
 FORMATS = ".h5ad, .zarr, .loom, 10x .h5, a 10x folder or .mtx file, .csv or .tsv (also gzipped)"
 
 
@@ -145,16 +148,18 @@ def readable(name: str) -> Iterator[None]:
     """Turn what libraries raise on a damaged file into a ValueError that names it; our own errors pass."""
     try:
         yield
-    except SpillError:  # not the file's fault
+    except (SpillError, MemoryError):  # not the file's fault
         raise
-    except (KeyError, OSError, EOFError, OverflowError, zlib.error, RuntimeError) as error:
+    except (PermissionError, BlockingIOError) as error:
+        raise ValueError(
+            f"{name} cannot be opened: {_one_line(error)}. Close it in other programs, and see that you may read it."
+        ) from error
+    except Exception as error:  # libraries raise whatever a damaged file leads them to
+        if type(error) is ValueError and name in str(error):
+            raise
         raise ValueError(
             f"{name} cannot be read: {_one_line(error)}. It is cut off or damaged: download or write it again."
         ) from error
-    except ValueError as error:
-        if type(error) is ValueError and name in str(error):
-            raise
-        raise ValueError(f"{name} cannot be read: {_one_line(error)}. Check it, or write it again.") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -223,6 +228,8 @@ def read_hdf5(path: Path) -> CellFile:
 
 
 def _read_hdf5(path: Path, file: h5py.File) -> CellFile:
+    if "obs" in file and "var" in file and "mod" not in file:
+        return _read_anndata(path, file, "h5ad")
     if isinstance(file.get("matrix"), h5py.Group) or _genome_groups(file):
         return _read_10x(path, file)
     if isinstance(file.get("matrix"), h5py.Dataset):
@@ -232,26 +239,47 @@ def _read_hdf5(path: Path, file: h5py.File) -> CellFile:
             f"Cells are read from one modality, got a MuData with {', '.join(file['mod'])} in {path}. "
             "Write that of RNA by itself: mdata['rna'].write_h5ad()."
         )
-    if "obs" not in file or "var" not in file:
+    if "mod" in file:
         raise ValueError(
-            f"An .h5ad file holds obs, var and X, got {', '.join(file) or 'nothing'} in {path}. "
-            "Write it with `adata.write_h5ad()`."
+            f"Cells are read from one modality, got a MuData with {', '.join(file['mod'])} in {path}. "
+            "Write that of RNA by itself: mdata['rna'].write_h5ad()."
         )
-    return _read_anndata(path, file, "h5ad")
+    raise ValueError(
+        f"An .h5ad file holds obs, var and X, got {', '.join(file) or 'nothing'} in {path}. "
+        "Write it with `adata.write_h5ad()`."
+    )
+
+
+def open_zarr(path: Path) -> zarr.Group:
+    """A zarr store to read, a folder or a zip."""
+    store = zarr.storage.ZipStore(path, mode="r") if path.is_file() else zarr.storage.LocalStore(path, read_only=True)
+    return zarr.open_group(store, mode="r")
 
 
 def read_zarr(path: Path) -> CellFile:
     """Open an AnnData in zarr, a folder or a `.zarr.zip`."""
-    try:
-        group = zarr.open_group(str(path), mode="r")
-    except Exception as error:  # of whatever kind its metadata lead to
-        raise ValueError(f"{path} cannot be read as zarr: {_one_line(error)}. Copy or write it again.") from error
+    group = open_zarr(path)
     if "obs" not in group or "var" not in group:
         raise ValueError(
             f"A zarr store of cells holds obs, var and X, got {', '.join(group) or 'nothing'} in {path}. "
             "Write it with `adata.write_zarr()`."
         )
-    return _read_anndata(path, group, "zarr")
+    cells = _read_anndata(path, group, "zarr")
+    cells._close = group.store.close
+    return cells
+
+
+def _check_chunks(group: zarr.Group, source: str) -> None:
+    """Raise ValueError where parts of a sparse matrix are not there, for which zarr itself gives zeros."""
+    for name in ("data", "indices"):
+        array = group[name]
+        # Indices of one gene may be all zeros, which zarr does not write.
+        may_be_zero = name == "indices" and array.shape[0] <= group.attrs["shape"][0]
+        if array.nchunks_initialized < array.nchunks and not may_be_zero:
+            raise ValueError(
+                f"A zarr store must be whole, got {array.nchunks_initialized:,} of {array.nchunks:,} chunks of {name} "
+                f"in {source}. Copy or write it again."
+            )
 
 
 def _read_anndata(path: Path, group, name: str) -> CellFile:
@@ -262,13 +290,39 @@ def _read_anndata(path: Path, group, name: str) -> CellFile:
     else:
         obs, var = _read_frame(group, "obs", path), _read_frame(group, "var", path)
         raw_var = _read_frame(group, "raw/var", path) if "raw/var" in group else None
-    found = {"X": (group.get("X"), var), "raw": (group.get("raw/X", group.get("raw.X")), raw_var)}
-    found |= {key: (group["layers"][key], var) for key in group.get("layers", ())}
-    matrices = {}
-    for key, (element, genes) in found.items():
-        if element is not None and genes is not None and (rows := _stored_rows(element, f"{key!r} of {path}")):
-            matrices[key] = Matrix(rows, genes)
-    return CellFile(str(path), name, obs, matrices)
+    elements = {"X": group.get("X"), "raw": group.get("raw/X", group.get("raw.X"))}
+    elements |= {_layer_key(key): group["layers"][key] for key in group.get("layers", ())}
+    return _with_matrices(CellFile(str(path), name, obs, {}), elements, var, raw_var)
+
+
+def anndata_cells(adata: ad.AnnData, name: str = "the AnnData") -> CellFile:
+    """The matrices of an AnnData, in memory or backed, as those of a file."""
+    elements = {"X": adata.X, "raw": None if adata.raw is None else adata.raw.X}
+    elements |= {_layer_key(key): matrix for key, matrix in adata.layers.items()}
+    raw_var = None if adata.raw is None else adata.raw.var
+    return _with_matrices(CellFile(name, "AnnData", adata.obs, {}), elements, adata.var, raw_var)
+
+
+def _layer_key(name: str) -> str:
+    return f"{LAYER_PREFIX}{name}" if name in ("X", "raw") else name
+
+
+def _with_matrices(cells: CellFile, elements: dict, var: pd.DataFrame, raw_var: pd.DataFrame | None) -> CellFile:
+    """The file with those of its elements that are matrices of numbers; a note says which are not."""
+    unusable = []
+    for key, element in elements.items():
+        if element is None or (hasattr(element, "shape") and len(element.shape) != 2):
+            continue
+        try:
+            cells.matrices[key] = Matrix(
+                _rows_of(element, f"{key!r} of {cells.name}"), raw_var if key == "raw" else var
+            )
+        except ValueError as error:
+            unusable.append(error)
+            cells.notes.append(f"{key!r} is left out: {error}")
+    if unusable and not cells.matrices.keys() & {"X", "raw", *COUNT_LAYERS}:
+        raise unusable[0]
+    return cells
 
 
 def _read_frame(group, key: str, path: Path) -> pd.DataFrame:
@@ -281,36 +335,22 @@ def _read_frame(group, key: str, path: Path) -> pd.DataFrame:
         ) from error
 
 
-def anndata_cells(adata: ad.AnnData, name: str = "the AnnData") -> CellFile:
-    """The matrices of an AnnData, in memory or backed, as those of a file."""
-    found = {"X": (adata.X, adata.var)}
-    if adata.raw is not None:
-        found["raw"] = (adata.raw.X, adata.raw.var)
-    found |= {key: (matrix, adata.var) for key, matrix in adata.layers.items()}
-    matrices = {
-        key: Matrix(_sliced_rows(matrix, key), var) for key, (matrix, var) in found.items() if matrix is not None
-    }
-    return CellFile(name, "AnnData", adata.obs, matrices)
-
-
-def _sliced_rows(matrix, source: str) -> SlicedRows:
-    if np.dtype(matrix.dtype).kind not in "biuf":
-        raise ValueError(
-            f"Expression must be numbers, got {matrix.dtype} in {source}. Convert it: `adata.X.astype('float32')`."
-        )
-    return SlicedRows(matrix)
-
-
-def _stored_rows(element, source: str) -> Rows | None:
-    """The rows of a matrix as AnnData stores it; None for what is no matrix."""
-    if hasattr(element, "shape"):
-        return _sliced_rows(element, source) if len(element.shape) == 2 else None
+def _rows_of(element, source: str) -> Rows:
+    """The rows of a matrix in memory, of AnnData's on disk, or of an element of a file."""
+    if isinstance(element, CSRDataset | CSCDataset) and hasattr(element, "group"):
+        element = element.group
+    if hasattr(element, "dtype"):
+        if np.dtype(element.dtype).kind not in "biuf":
+            raise ValueError(f"Expression must be numbers, got {element.dtype} in {source}. Convert it to float32.")
+        return SlicedRows(element)
     attributes = dict(element.attrs)
     kind = attributes.get("encoding-type", attributes.get("h5sparse_format"))
     if kind not in ("csr_matrix", "csc_matrix", "csr", "csc"):
         raise ValueError(
             f"A matrix is stored dense, as CSR or as CSC, got {kind!r} in {source}. Write it anew with anndata."
         )
+    if isinstance(element, zarr.Group):
+        _check_chunks(element, source)
     shape = attributes["shape"] if "shape" in attributes else attributes["h5sparse_shape"]
     stored = CompressedRows if kind.startswith("csr") else CompressedColumns
     return stored(element["indptr"], element["indices"], element["data"], tuple(shape))
@@ -318,7 +358,8 @@ def _stored_rows(element, source: str) -> Rows | None:
 
 def _genome_groups(file: h5py.File) -> list[str]:
     """The genomes of a 10x file of Cell Ranger 2."""
-    return [name for name, group in file.items() if isinstance(group, h5py.Group) and "barcodes" in group]
+    members = {"barcodes", "genes", "gene_names", "data", "indices", "indptr", "shape"}
+    return [name for name, group in file.items() if isinstance(group, h5py.Group) and members <= set(group)]
 
 
 def _read_10x(path: Path, file: h5py.File) -> CellFile:
@@ -511,7 +552,7 @@ def read_table(path: Path, tokenizer: PanFoMaTokenizer) -> CellFile:
     table.check_text(_are_genes(table.columns, tokenizer))
     columns = [table.columns[position] for position in table.numeric]
     across = _are_genes(columns, tokenizer).mean()
-    down = _are_genes(table.labels.index, tokenizer).mean()
+    down = _are_genes(table.labels.index[:2000], tokenizer).mean()
     if max(across, down) < 0.02:
         raise ValueError(
             f"A table needs gene names in its first row or column, got {', '.join(columns[:3])} and "
@@ -536,10 +577,16 @@ class _TextTable:
         self.path, self._skipped = path, 1
         with self._open() as handles:
             line = handles.handle.readline()
+            comment = ""
             while line.startswith("#"):
-                line, self._skipped = handles.handle.readline(), self._skipped + 1
+                comment, line, self._skipped = line, handles.handle.readline(), self._skipped + 1
             self._separator = max("\t,;", key=line.count)
             header, *self._head = csv.reader([line, *islice(handles.handle, 50)], delimiter=self._separator)
+            if comment.count(self._separator) == len(header) - 1 and all(map(_is_number, header[1:])):
+                # The names stand behind the sign of a comment.
+                self._head.insert(0, header)
+                header = next(csv.reader([comment.removeprefix("#")], delimiter=self._separator))
+                self._skipped -= 1
         self._head = [row for row in self._head if row]
         width = len(self._head[0]) if self._head else 0
         if width < 2 or len(header) not in (width, width - 1) or any(len(row) != width for row in self._head):
@@ -589,7 +636,7 @@ class _TextTable:
         with self._open() as handles:
             lines = islice(handles.handle, self._skipped, None)
             while block := list(islice(lines, step)):
-                block = [line for line in block if line.strip()]
+                block = [line for line in block if line.strip("\r\n")]
                 if not block:
                     continue
                 numbers = self._numbers(block, first)
@@ -599,6 +646,11 @@ class _TextTable:
                 else:
                     yield first, numbers
                 first += len(block)
+        if first != len(self.labels):
+            raise ValueError(
+                f"Every row of a table needs its name, got {len(self.labels):,} names for {first:,} rows in "
+                f"{self.path}. A quote is open or a row is empty: write it again."
+            )
 
     def _numbers(self, lines: list[str], first: int) -> sp.coo_matrix:
         used, width = [position + 1 for position in self.numeric], len(self.columns) + 1

@@ -2,6 +2,7 @@
 
 import itertools
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -13,6 +14,8 @@ import scipy.sparse as sp
 CHUNK_ENTRIES = 2**21
 # Of a matrix in another order, a block is sorted in memory before it is written to the temporary file.
 BLOCK_ENTRIES = 2**21
+# A sample has no more entries than this, and so fewer cells of a dense matrix.
+SAMPLE_ENTRIES = 2**22
 # Cells of a sample lie in runs, each of which is one read.
 SAMPLE_RUN = 16
 
@@ -34,6 +37,9 @@ class Rows(Protocol):
 
     def bounds(self) -> list[int]:
         """Where chunks start, and the number of rows: each chunk fits into memory."""
+
+    def entries(self) -> int:
+        """About how many entries a row has."""
 
     def close(self) -> None:
         """Give up temporary files."""
@@ -76,6 +82,10 @@ class SlicedRows:
         step = max(1, 2 * CHUNK_ENTRIES // max(self.shape[1], 1))
         return [*range(0, self.shape[0], step), self.shape[0]]
 
+    def entries(self) -> int:
+        """About how many entries a row has: of a dense matrix at most its width."""
+        return self._matrix.nnz // max(self.shape[0], 1) if sp.issparse(self._matrix) else self.shape[1]
+
     def close(self) -> None:
         """There is nothing to give up."""
 
@@ -111,6 +121,10 @@ class CompressedRows:
         """Where chunks start, and the number of rows."""
         return _bounds(self._indptr)
 
+    def entries(self) -> int:
+        """About how many entries a row has."""
+        return int(self._indptr[-1]) // max(self.shape[0], 1)
+
     def close(self) -> None:
         """There is nothing to give up."""
 
@@ -131,6 +145,7 @@ class CompressedColumns:
         self._indices, self._data = indices, data
         self.shape = tuple(map(int, shape))
         self._rows: SpilledRows | None = None
+        self._lock = threading.Lock()
 
     def _blocks(self) -> Iterator[sp.csc_matrix]:
         """Blocks of whole columns, as wide as the matrix."""
@@ -143,8 +158,9 @@ class CompressedColumns:
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows from ``start`` to before ``stop``, (rows, genes)."""
-        if self._rows is None:
-            self._rows = SpilledRows(((0, block) for block in self._blocks()), self.shape)
+        with self._lock:  # chunks are read on a thread of their own
+            if self._rows is None:
+                self._rows = SpilledRows(((0, block) for block in self._blocks()), self.shape)
         return self._rows.read(start, stop)
 
     def sample(self, index: np.ndarray) -> sp.csr_matrix:
@@ -164,6 +180,10 @@ class CompressedColumns:
         """Where chunks start, and the number of rows."""
         self.read(0, 0)
         return self._rows.bounds()
+
+    def entries(self) -> int:
+        """About how many entries a row has."""
+        return int(self._indptr[-1]) // max(self.shape[0], 1)
 
     def close(self) -> None:
         """Give up the temporary file."""
@@ -192,6 +212,7 @@ class SpilledRows:
         self.shape = tuple(map(int, shape))
         self._file = tempfile.TemporaryFile(prefix="panfoma-")  # noqa: SIM115 - lives as long as this object
         self._blocks: list[tuple[int, int, int, int, np.dtype]] = []
+        self._lock = threading.Lock()
         self._sizes = np.zeros(self.shape[0], dtype=np.int64)
         try:
             for first_row, block in blocks:
@@ -220,8 +241,9 @@ class SpilledRows:
         self._blocks.append((first_row, block.shape[0], block.nnz, offset, block.data.dtype))
 
     def _load(self, dtype, offset: int, count: int) -> np.ndarray:
-        self._file.seek(offset)
-        return np.frombuffer(self._file.read(count * np.dtype(dtype).itemsize), dtype=dtype)
+        with self._lock:
+            self._file.seek(offset)
+            return np.frombuffer(self._file.read(count * np.dtype(dtype).itemsize), dtype=dtype)
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows from ``start`` to before ``stop``, (rows, genes)."""
@@ -247,6 +269,10 @@ class SpilledRows:
         """Where chunks start, and the number of rows."""
         return _bounds(np.append(0, np.cumsum(self._sizes)))
 
+    def entries(self) -> int:
+        """About how many entries a row has."""
+        return int(self._sizes.mean()) if len(self._sizes) else 0
+
 
 def _merged(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], shape: tuple[int, int]) -> sp.csr_matrix:
     """A matrix of rows, columns and values in parts."""
@@ -261,13 +287,13 @@ def _sample_runs(rows: Rows, index: np.ndarray) -> sp.csr_matrix:
     if not len(index):
         return rows.read(0, 0)
     runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
-    step = max(1, CHUNK_ENTRIES // max(rows.shape[1], 1))
-    parts = [
-        rows.read(start, min(start + step, int(run[-1]) + 1))
-        for run in runs
-        for start in range(int(run[0]), int(run[-1]) + 1, step)
-    ]
-    return sp.vstack(parts, format="csr")
+    return sp.vstack([rows.read(int(run[0]), int(run[-1]) + 1) for run in runs], format="csr")
+
+
+def sample_of(rows: Rows, size: int) -> sp.csr_matrix:
+    """About ``size`` evenly spaced rows, fewer where these had more than `SAMPLE_ENTRIES` entries."""
+    size = min(size, max(2 * SAMPLE_RUN, SAMPLE_ENTRIES // max(rows.entries(), 1)))
+    return rows.sample(sample_index(rows.shape[0], size))
 
 
 def sample_index(num_rows: int, size: int) -> np.ndarray:

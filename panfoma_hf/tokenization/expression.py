@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .value_scale import COUNT_LAYERS, COUNTS, KINDS, value_scale
+
 
 # In a cell with columns of one gene, values this close are tied: CPM of 1 and 2 counts do not add up to the very bits
 # of CPM of 3. Counts are further apart up to 250,000, and float32 rounds log1p(CPM) to a few times less.
@@ -23,7 +25,7 @@ def bin_cells(
     vocab_size: int,
     num_bins: int,
     max_length: int | None = None,
-    log_base: float | None = None,
+    log_scales: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenize cells that lie one after the other as in a CSR matrix. The plain twin of `token_kernels.bin_cells`.
 
@@ -41,8 +43,9 @@ def bin_cells(
         Bins for non-zero expression.
     max_length
         Tokens of a cell that are kept, in the order of `draw_order`; None keeps all. Bins are of all.
-    log_base
-        Base of the logarithm if values are ``log(1 + x)``: then those of one token are added up as x.
+    log_scales
+        (cells,), the natural logarithm of b where a cell's values are ``log_b(1 + x)``, so that those of one token are
+        added up as x; 0 where they are not logarithms. None is 0 for all.
 
     Returns
     -------
@@ -65,8 +68,9 @@ def bin_cells(
     tolerance = np.zeros(len(indptr) - 1)
     if not new_token.all():
         tolerance[cells[~new_token]] = SUM_TOLERANCE
-        if log_base is not None:
-            values = np.where(tolerance[cells] > 0, np.expm1(values * np.log(log_base)), values)
+        if log_scales is not None:
+            is_log = (tolerance[cells] > 0) & (log_scales[cells] > 0)
+            values[is_log] = np.expm1(values[is_log] * log_scales[cells[is_log]])
         values = np.add.reduceat(values, np.flatnonzero(new_token))
         cells, tokens = cells[new_token], tokens[new_token]
 
@@ -149,10 +153,24 @@ def is_anndata(cells) -> bool:
 
 
 def choose_layer(adata) -> str:
-    """Where an AnnData's counts are most likely: the layer "counts", else "raw", else "X"."""
-    if "counts" in adata.layers:
-        return "counts"
-    return "X" if adata.raw is None else "raw"
+    """Where an AnnData's counts are: of a layer of counts, "raw" and "X", in this order, the best by its values.
+
+    Up to 512 cells of each are looked at, until counts are found.
+    """
+    layers = [key for key in adata.layers if key.lower() in COUNT_LAYERS]
+    kinds = {}
+    for layer in [*layers, *(["raw"] if adata.raw is not None else []), "X"]:
+        if layer == "X" and adata.X is None:
+            continue
+        matrix = adata.X if layer == "X" else adata.raw.X if layer == "raw" else adata.layers[layer]
+        try:
+            indptr, _, values = compressed_rows(matrix[:512], layer)
+        except TypeError:  # no numbers
+            continue
+        kinds[layer] = KINDS.index(value_scale(indptr, values).kind)
+        if kinds[layer] == KINDS.index(COUNTS):
+            break
+    return min(kinds, key=kinds.get, default="X")
 
 
 def choose_matrix(adata, layer: str | None = None, gene_column: str | None = None):
@@ -163,7 +181,7 @@ def choose_matrix(adata, layer: str | None = None, gene_column: str | None = Non
     adata
         An AnnData.
     layer
-        A layer's name, "X" or "raw"; None takes ``layers["counts"]``, else ``raw.X``, else ``X``.
+        A layer's name, "X" or "raw"; None takes what `choose_layer` finds.
     gene_column
         Column of ``var`` with the gene names; None takes ``var_names``.
 
@@ -178,12 +196,12 @@ def choose_matrix(adata, layer: str | None = None, gene_column: str | None = Non
         matrix, var, names, source = adata.raw.X, adata.raw.var, adata.raw.var_names, "raw.X"
     elif layer == "X":
         matrix, var, names, source = adata.X, adata.var, adata.var_names, "X"
-    elif layer in adata.layers:
-        matrix, var, names, source = adata.layers[layer], adata.var, adata.var_names, f"layers[{layer!r}]"
+    elif (name := layer.removeprefix("layers/")) in adata.layers:
+        matrix, var, names, source = adata.layers[name], adata.var, adata.var_names, f"layers[{name!r}]"
     else:
         raise ValueError(
             f"`layer` must be 'X', 'raw' or a layer's name, got {layer!r}; the layers are {sorted(adata.layers)}. "
-            "Leave it out to take layers['counts'], else raw.X, else X."
+            "Leave it out to have the counts looked for."
         )
     if hasattr(matrix, "to_memory"):  # a matrix that AnnData has left on disk
         matrix = matrix.to_memory()

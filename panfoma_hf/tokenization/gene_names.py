@@ -67,9 +67,13 @@ _OTHER_PREFIX = re.compile(
     r"(?:mm(?:9|10|39)|GRCm3[89](?:-\d{4}-[A-Z])?|rn[67]|mRatBN7\.2|GRCz1[01]|MOUSE|Mus_musculus)[_:.-]+(?=.)",
     re.IGNORECASE,
 )
-_SUFFIX = re.compile(r"(.+)[-.]\d{1,3}")
+_SUFFIX = re.compile(r"(.+)[-.](\d{1,3})")
+# What programs write where there is no name; NA was XK's symbol.
+_MISSING = {"", "na", "n/a", "nan", "none", "<na>", "null"}
 # Shorter aliases in another case are as likely to be anything else: g10, t1, cell2.
 _MIN_ALIAS = 6
+# More names than any file has genes are barcodes, which are asked for once.
+_MAX_CACHED = 200_000
 _SEPARATORS = str.maketrans({".": "-", "_": "-", " ": "-"})
 
 _OTHER_SPECIES_ID = re.compile(
@@ -235,9 +239,15 @@ class GeneResolution:
             key: np.where(filled, getattr(other, key), getattr(self, key))
             for key in ("names", "token_ids", "rule", "symbols")
         }
-        notes = {**self.notes, "found by a further column of names": {"columns": int(filled.sum())}}
-        ambiguous = {name: symbols for name, symbols in self.ambiguous.items() if name in set(changed["names"])}
-        return dataclasses.replace(self, **changed, notes=notes, ambiguous=ambiguous)
+        note = "found by further columns of names"
+        before = self.notes.get(note, {}).get("columns", 0)
+        left = " ".join(map(str, self.names[(self.rule == AMBIGUOUS) & ~filled]))
+        return dataclasses.replace(
+            self,
+            **changed,
+            ambiguous={name: symbols for name, symbols in self.ambiguous.items() if name in left},
+            notes={**self.notes, note: {"columns": before + int(filled.sum())}},
+        )
 
     def without(self, is_other: np.ndarray) -> "GeneResolution":
         """The same columns, those of a mask (genes,) left out as no genes: antibodies, peaks, hashtags."""
@@ -428,6 +438,8 @@ class GeneTable:
         """Find the gene of each name, (genes,), with tokens that were added to the vocabulary."""
         texts = tuple(map(str, names.tolist()))
         key = (texts, tuple(added.items()))
+        if len(texts) > _MAX_CACHED:
+            return _Resolver(self, texts, added).report(names)
         if key not in self._resolved:
             if len(self._resolved) >= 8:  # a file's names are asked for again and again, and few files at a time
                 self._resolved.pop(next(iter(self._resolved)))
@@ -470,6 +482,18 @@ def _dates(name: str) -> list[tuple[int, int]]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def _are_row_numbers(numbers: Sequence[int]) -> bool:
+    """Whether numbers, in the order of a file, count the rows of a table or a part of them.
+
+    Ids of genes are scattered up to 10^8 and stand in any order; what is dense, or ascends within what a table may
+    have, are numbers of rows.
+    """
+    if len(numbers) < 3:
+        return False
+    is_dense = max(numbers) < 2 * len(numbers)
+    return is_dense or (len(numbers) >= 20 and max(numbers) < 10**5 and bool((np.diff(numbers) > 0).all()))
+
+
 class _Resolver:
     """Resolves the names of one file: some rules look at the other names too."""
 
@@ -479,9 +503,7 @@ class _Resolver:
         self.names = [self._clean(name) for name in names]
         self.matches = {name: self._certain(name) for name in dict.fromkeys(self.names)}
         unmatched = [name for name, match in self.matches.items() if match.rule == UNKNOWN]
-        numbers = [int(name) for name in unmatched if name.isdecimal()]
-        # Ids of genes are scattered up to 10^8; numbers as dense as these count the rows of a table.
-        self.numbers_are_rows = len(numbers) > 2 and max(numbers) < 2 * len(numbers)
+        self.numbers_are_rows = _are_row_numbers([int(name) for name in unmatched if name.isdecimal()])
         num_human = sum(bool(match.rows) or match.rule == ADDED for match in self.matches.values())
         self.is_mouse = sum(_MOUSE_STYLE.fullmatch(name) is not None for name in unmatched) > num_human
         # Only now, so that a suffix is judged by what the names themselves say.
@@ -498,7 +520,7 @@ class _Resolver:
         """What a name says by itself."""
         if name in self.added:
             return _Match(ADDED, label=name)
-        if name.isdecimal():  # an alias of a few genes too
+        if name.isdecimal() or name.casefold() in _MISSING:  # names of a few genes too, but not in files
             return _Match(UNKNOWN)
         if match := self.table.by_symbol.get(name):
             return match
@@ -525,6 +547,8 @@ class _Resolver:
 
     def _mended(self, name: str) -> _Match:
         """What a name was before a file or a program changed it."""
+        if name.casefold() in _MISSING:
+            return _Match(UNKNOWN)
         if name.isdecimal():
             return self._by_id(NCBI, {} if self.numbers_are_rows else self.table.ncbi, name.lstrip("0"))
         if self.is_mouse and _MOUSE_STYLE.fullmatch(name):
@@ -541,8 +565,12 @@ class _Resolver:
             found = self.matches[base] if is_present else self._certain(base)
             if is_present and found.rule == UNKNOWN:
                 found = self._mended(base)
-            if found.rows and (is_present or found.rule in (APPROVED, ENSEMBL)):
-                return _Match(SUFFIX, found.rows)
+            if not found.rows or not (is_present or found.rule in (APPROVED, ENSEMBL)):
+                continue
+            # ACE-2 may be the second ACE of a file, or ACE2, unless that is there too.
+            other = self.table.by_symbol.get(match[1] + match[2])
+            may_be_other = other is not None and match[1] + match[2] not in self.matches
+            return _Match(SUFFIX, tuple(dict.fromkeys((*found.rows, *(other.rows if may_be_other else ())))))
         return _Match(CLONE if _CLONE.match(name) else UNKNOWN)
 
     def report(self, names: np.ndarray) -> GeneResolution:

@@ -44,13 +44,15 @@ def bin_cells(
     vocab_size: int,
     num_bins: int,
     max_length: int | None = None,
-    log_base: float | None = None,
+    log_scales: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `expression.bin_cells`, the same tokens whatever the number of threads."""
     order = draw_order(vocab_size)
     place_of_column = np.where(token_of_column >= 0, order[token_of_column], -1).astype(np.int32)
     token_of_place = np.empty(vocab_size, dtype=np.int32)
     token_of_place[order] = np.arange(vocab_size, dtype=np.int32)
+    if genes.dtype.itemsize > 4:
+        check_genes(genes, len(token_of_column))  # before they are cut to 32 bits
     # Two kinds of values and one of indices, as each further one would be compiled for itself.
     original, indptr, genes = values, indptr.astype(np.int64, copy=False), genes.astype(np.int32, copy=False)
     values = values if values.dtype == np.float32 else values.astype(np.float64, copy=False)
@@ -59,7 +61,7 @@ def bin_cells(
     bins = np.empty(num_entries, dtype=np.uint8 if num_bins < 256 else np.int32)
     lengths = np.empty(num_cells, dtype=np.int64)
     limit = vocab_size if max_length is None else max_length
-    log_scale = 0.0 if log_base is None else float(np.log(log_base))
+    log_scales = np.zeros(num_cells) if log_scales is None else log_scales.astype(np.float64, copy=False)
 
     threads = max(1, min(_num_cores(), num_entries // _MIN_ENTRIES_PER_THREAD))
     pieces = 1 if threads == 1 else threads * _PIECES_PER_THREAD
@@ -76,7 +78,7 @@ def bin_cells(
             token_of_place,
             num_bins,
             limit,
-            log_scale,
+            log_scales,
             first,
             last,
             tokens,
@@ -110,7 +112,7 @@ def _bin_piece(
     token_of_place,
     num_bins,
     limit,
-    log_scale,
+    log_scales,
     first,
     last,
     tokens,
@@ -131,7 +133,7 @@ def _bin_piece(
     bin_of_count = np.empty(_SMALL, dtype=np.int32)
 
     for cell in range(first, last):
-        start, end = indptr[cell], indptr[cell + 1]
+        start, end, log_scale = indptr[cell], indptr[cell + 1], log_scales[cell]
         is_sum, entry = False, start
         while entry < end:
             value, gene = np.float64(values[entry]), genes[entry]

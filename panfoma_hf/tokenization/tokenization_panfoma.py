@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .expression import bin_cells as plain_bin_cells
 from .expression import check_genes, choose_matrix, compressed_rows, examples, is_anndata
 from .gene_names import GeneResolution, gene_table
-from .value_scale import ValueScale, value_scale
+from .value_scale import ValueScale, log_bases
 
 
 logger = logging.get_logger(__name__)
@@ -276,7 +276,7 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             Share of the counts that must fall on genes of the vocabulary; less is an error.
         scale
             What the values are, which matters where columns of one gene are added up: logarithms are added up as what
-            they were taken of. None looks at these cells.
+            they were taken of. None tells it for each cell by its own values.
 
         Raises
         ------
@@ -290,9 +290,6 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
             check_genes(genes, len(resolution))
             resolution = resolution.with_counts(np.bincount(genes, np.nan_to_num(values), minlength=len(resolution)))
         resolution.require(min_coverage, source)
-        if scale is None and resolution.duplicates:
-            few = min(len(indptr) - 1, 512)
-            scale = value_scale(indptr[: few + 1] - indptr[0], values[indptr[0] : indptr[few]])
         bin_cells = _compiled_bin_cells() if len(values) > FEW_ENTRIES else plain_bin_cells
         try:
             tokens, bins, lengths = bin_cells(
@@ -303,11 +300,20 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
                 len(self),
                 self.num_expression_bins,
                 max_length,
-                log_base=scale.log_base if scale else None,
+                log_scales=self._log_scales(indptr, values, scale) if resolution.duplicates else None,
             )
         except ValueError as error:
             raise ValueError(str(error).replace("the matrix", source, 1)) from None
         return CellTokens(input_ids=tokens, expression_bins=bins, indptr=np.append(0, np.cumsum(lengths)))
+
+    @staticmethod
+    def _log_scales(indptr: np.ndarray, values: np.ndarray, scale: ValueScale | None) -> np.ndarray | None:
+        """What a cell's values are multiplied with before expm1 undoes their logarithm; None where there is none."""
+        if scale is not None:
+            return None if scale.log_base is None else np.full(len(indptr) - 1, np.log(scale.log_base))
+        if values.dtype.kind in "biu" or (values == np.rint(values)).all():
+            return None
+        return np.nan_to_num(np.log(log_bases(indptr, np.where(np.isfinite(values), values, 0))))
 
     def _matrix_and_names(self, cells, gene_names, layer, gene_column):
         """The (cells, genes) matrix, its gene names or their resolution, and what to call it in an error."""
@@ -392,8 +398,8 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
         gene_names
             (genes,), names that `resolve_genes` reads; an AnnData or a data frame brings its own.
         layer, gene_column
-            An AnnData's layer (or "X", "raw") and the column of ``var`` with gene names; by default
-            ``layers["counts"]``, else ``raw.X``, else ``X``, with ``var_names``.
+            An AnnData's layer (or "X", "raw") and the column of ``var`` with gene names. By default the counts are
+            looked for in ``layers["counts"]``, ``raw.X`` and ``X``, and ``var_names`` are read.
         padding
             False, True or "longest", or "max_length".
         truncation

@@ -22,6 +22,8 @@ KINDS = (COUNTS, FRACTIONAL, NORMALIZED, LOG, UNEXPLAINED, BINARY, EMPTY, OVERFL
 
 # What a 32-bit count holds at most. No cell has so many molecules; numbers beyond come from a counter that overflowed.
 MAX_COUNT = 2**31 - 2
+# Layers that are looked at before raw and X.
+COUNT_LAYERS = ("counts", "count", "raw_counts", "counts_raw", "umi", "umis", "umi_counts")
 # Multiples of a unit: a whole number to within what is left of logarithms that were written with three decimals.
 _ABSOLUTE, _RELATIVE = 1e-3, 1.5e-3
 # Larger ratios are whole numbers to that precision by chance too often.
@@ -127,22 +129,54 @@ def value_scale(indptr: np.ndarray, values: np.ndarray) -> ValueScale:
     )
 
 
+def log_bases(indptr: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Each cell by itself: the base of the logarithm that its values are of, (cells,), NaN where they are of none.
+
+    A cell's own values tell, whatever other cells there are: multiples of its smallest value before the logarithm.
+
+    Parameters
+    ----------
+    indptr
+        (cells + 1,), where each cell's values start.
+    values
+        (values,), not negative.
+    """
+    bases = np.full(len(indptr) - 1, np.nan)
+    values = np.asarray(values, dtype=np.float64)
+    cells = np.repeat(np.arange(len(bases)), np.diff(indptr))
+    usable = (values > 0) & (values < 20)  # no logarithm of counts is larger
+    values, cells = values[usable], cells[usable]
+    if not len(values):
+        return bases
+    expressed = np.unique(cells)
+    is_open = ~_multiples(values, cells)[0]
+    for base in _LOG_BASES:
+        are_multiples, _ = _multiples(np.expm1(np.minimum(values * math.log(base), 50)), cells)
+        bases[expressed[is_open & are_multiples]] = base
+        is_open &= ~are_multiples
+    return bases
+
+
 def _are_multiples(values: np.ndarray, cells: np.ndarray, unit: float | None = None) -> bool:
     """Whether nine in ten cells hold multiples of a unit; None: of their lowest value, or a half or a third of it."""
+    are_multiples, informative = _multiples(values, cells, unit)
+    return bool(informative.any() and are_multiples[informative].mean() >= 0.9)
+
+
+def _multiples(values: np.ndarray, cells: np.ndarray, unit: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Which cells with values hold multiples of a unit, and which have enough values to tell."""
     starts = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
     sizes = np.diff(np.append(starts, len(cells)))
     ratios = values / (np.repeat(np.minimum.reduceat(values, starts), sizes) if unit is None else unit)
     told = (ratios > 1 + _ABSOLUTE) & (ratios < _MAX_RATIO)
     num_told = np.add.reduceat(told.astype(np.int64), starts)
     informative = num_told >= _MIN_ENTRIES
-    if not informative.any():
-        return False
     best = np.zeros(len(starts))
     for parts in (1, 2, 3) if unit is None else (1,):
         multiples = ratios * parts
         is_near = np.abs(multiples - np.rint(multiples)) <= _ABSOLUTE + _RELATIVE * multiples
         best = np.maximum(best, np.add.reduceat((is_near & told).astype(np.int64), starts) / np.maximum(num_told, 1))
-    return bool((best[informative] >= 0.98).mean() >= 0.9)
+    return informative & (best >= 0.98), informative
 
 
 def _common_total(values: np.ndarray, cells: np.ndarray) -> float | None:

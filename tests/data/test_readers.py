@@ -602,7 +602,9 @@ CHOICES = [
     pytest.param({"X": "counts", "counts": "log"}, "X", id="a_layer_that_is_called_counts_and_is_not"),
     pytest.param({"X": "scaled", "raw": "log"}, "raw.X", id="scaled_X_and_logarithms_in_raw"),
     pytest.param({"X": "log", "raw": "scaled"}, "X", id="scaled_raw"),
-    pytest.param({"X": "log", "cpm": "cpm"}, "layers['cpm']", id="cpm_before_logarithms"),
+    pytest.param({"X": "log", "cpm": "cpm"}, "X", id="readable_X_before_other_layers"),
+    pytest.param({"X": "log", "ambiguous": "counts", "spliced": "counts"}, "X", id="layers_of_velocyto"),
+    pytest.param({"X": "scaled", "raw": "log", "counts": "scaled"}, "raw.X", id="nothing_but_raw"),
     pytest.param({"X": "cpm", "Counts": "counts"}, "layers['Counts']", id="layer_of_counts_in_capitals"),
 ]
 
@@ -622,7 +624,6 @@ def test_the_best_matrix_is_read(matrices, source, pancreas, kinds, tokenizer):
     adata = of_matrices(pancreas, {key: kinds[kind] for key, kind in matrices.items()})
     expression = read_expression(anndata_cells(adata), tokenizer)
     assert expression.source == source
-    assert expression.scales[expression.layer] is expression.scale
     # Counts times a factor, and logarithms of them, rank the genes of a cell alike.
     expected = tokenizer.tokenize_cells(pancreas.X, pancreas.var_names)
     tokens = read_tokens(expression, tokenizer)
@@ -649,7 +650,7 @@ def test_a_named_matrix_is_read_whatever_the_others_are(layer, source, kind, pan
             read_tokens(expression, tokenizer), tokenizer.tokenize_cells(stored[layer], pancreas.var_names)
         )
     assert (expression.source, expression.scale.kind) == (source, kind)
-    assert list(expression.scales) == [layer]
+    assert expression.layer == layer
 
 
 def test_a_matrix_that_is_not_there_is_an_error_that_lists_those_that_are(pancreas, tokenizer):

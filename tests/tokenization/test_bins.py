@@ -128,7 +128,7 @@ def test_logarithms_of_columns_of_one_gene_are_added_up_as_counts(body, matrix, 
     totals = np.maximum(matrix.sum(1, keepdims=True), 1)
     expected = tokens_of(body, matrix, token_of_column)
     for base, logged in ((np.e, np.log1p(matrix / totals * 1e4)), (2.0, np.log2(1 + matrix / totals * 1e6))):
-        assert tokens_of(body, logged, token_of_column, log_base=base) == expected
+        assert tokens_of(body, logged, token_of_column, log_scales=np.full(len(matrix), np.log(base))) == expected
 
 
 def test_equal_values_have_equal_bins_and_larger_ones_no_smaller():

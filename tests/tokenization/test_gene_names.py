@@ -84,6 +84,9 @@ NAMES = [
     ("AC020656.1", None, "clone name", "no gene of HGNC"),
     ("eGFP", None, "unknown", ""),
     ("", None, "unknown", ""),
+    ("NA", None, "unknown", "R's missing name; a previous symbol of XK"),
+    ("nan", None, "unknown", "pandas' missing name"),
+    ("ACE-2", None, "ambiguous", "the second ACE, or ACE2"),
 ]
 
 
@@ -127,9 +130,15 @@ def test_a_suffix_of_an_uncertain_name_is_taken_off_only_beside_that_name(tokeni
     assert beside.symbols.tolist() == ["RACK1"] * 3
 
 
+def test_a_suffix_is_a_suffix_where_the_symbol_that_it_might_be_is_there_too(tokenizer):
+    assert tokenizer.resolve_genes(["ACE", "ACE2", "ACE-2"]).symbols.tolist() == ["ACE", "ACE2", "ACE"]
+
+
 def test_row_numbers_are_not_taken_for_ncbi_ids(tokenizer):
     assert tokenizer.resolve_genes([str(number) for number in range(1000)]).num_resolved == 0
     assert tokenizer.resolve_genes(np.arange(5, 800)).num_resolved == 0
+    some = np.sort(np.random.default_rng(0).choice(36_000, 1000, replace=False))
+    assert tokenizer.resolve_genes(some).num_resolved == 0
     ids = ["925", "926", "914", "100287102", "7157"]
     assert tokenizer.resolve_genes(ids).symbols[[0, 4]].tolist() == ["CD8A", "TP53"]
 
@@ -221,7 +230,9 @@ def test_some_names_in_mouse_style_among_human_ones_are_mended(tokenizer):
 
 def test_too_few_counts_on_known_genes_are_an_error_below_a_threshold(tokenizer):
     names, cells = ["CD8A", "TRAC", "eGFP"], np.array([[1, 1, 8]])
-    with pytest.raises(ValueError, match=r"At least 50% of the counts .* got 20.0% in the matrix \(2 of 3 names\).* eGFP\. Name"):
+    with pytest.raises(
+        ValueError, match=r"At least 50% of the counts .* got 20.0% in the matrix \(2 of 3 names\).* eGFP\. Name"
+    ):
         tokenizer(cells, gene_names=names, min_coverage=0.5)
     assert len(tokenizer(cells, gene_names=names, min_coverage=0.2)["input_ids"][0]) == 2
     assert len(tokenizer(cells, gene_names=names)["input_ids"][0]) == 2

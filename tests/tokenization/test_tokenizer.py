@@ -80,6 +80,17 @@ def test_rescaling_a_real_cells_counts_changes_no_token(tokenizer, baron):
         assert np.array_equal(got.expression_bins, expected.expression_bins), name
 
 
+def test_a_cells_tokens_do_not_depend_on_the_cells_beside_it_where_logarithms_are_added_up(tokenizer, baron):
+    counts = baron.X[:12].toarray().astype(np.float64)
+    mixed = np.vstack([np.log1p(counts[:4] / 3), counts[4:8], np.log2(1 + counts[8:] * 1.7)])
+    together = tokenizer.tokenize_cells(mixed, baron.var_names)
+    plain = tokenizer.tokenize_cells(counts, baron.var_names)
+    for index in range(12):
+        alone = tokenizer.tokenize_cells(mixed[index], baron.var_names)
+        assert np.array_equal(alone.expression_bins, together.cell(index)["expression_bins"])
+        assert np.array_equal(alone.expression_bins, plain.cell(index)["expression_bins"])
+
+
 def test_any_monotone_scale_of_one_column_a_gene_changes_no_token(tokenizer, baron):
     resolution = tokenizer.resolve_genes(baron.var_names)
     alone = ~np.isin(resolution.symbols, list(resolution.duplicates))

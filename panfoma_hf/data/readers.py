@@ -340,8 +340,7 @@ def _rows_of(element, source: str) -> Rows:
     if isinstance(element, CSRDataset | CSCDataset) and hasattr(element, "group"):
         element = element.group
     if hasattr(element, "dtype"):
-        if np.dtype(element.dtype).kind not in "biuf":
-            raise ValueError(f"Expression must be numbers, got {element.dtype} in {source}. Convert it to float32.")
+        _check_numbers(element, source)
         return SlicedRows(element)
     attributes = dict(element.attrs)
     kind = attributes.get("encoding-type", attributes.get("h5sparse_format"))
@@ -349,11 +348,17 @@ def _rows_of(element, source: str) -> Rows:
         raise ValueError(
             f"A matrix is stored dense, as CSR or as CSC, got {kind!r} in {source}. Write it anew with anndata."
         )
+    _check_numbers(element["data"], source)
     if isinstance(element, zarr.Group):
         _check_chunks(element, source)
     shape = attributes["shape"] if "shape" in attributes else attributes["h5sparse_shape"]
     stored = CompressedRows if kind.startswith("csr") else CompressedColumns
     return stored(element["indptr"], element["indices"], element["data"], tuple(shape))
+
+
+def _check_numbers(values, source: str) -> None:
+    if np.dtype(values.dtype).kind not in "biuf":
+        raise ValueError(f"Expression must be numbers, got {values.dtype} in {source}. Convert it to float32.")
 
 
 def _genome_groups(file: h5py.File) -> list[str]:

@@ -5,6 +5,7 @@ import functools
 import gzip
 import importlib.util
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,8 +23,10 @@ import scipy.sparse as sp
 
 from panfoma_hf import open_cells, read_expression
 from panfoma_hf.data import readers, storage
+from panfoma_hf.data.cells import read_cells
 from panfoma_hf.data.readers import anndata_cells
 from panfoma_hf.data.storage import CompressedColumns, CompressedRows, SlicedRows, SpilledRows, SpillError, sample_index
+from panfoma_hf.data.variable_genes import variable_genes
 from panfoma_hf.tokenization import CellTokens, value_scale
 from panfoma_hf.tokenization.value_scale import (
     BINARY,
@@ -885,3 +888,139 @@ def test_a_full_temporary_folder_is_an_error_that_names_tmpdir(key, written, tok
     with pytest.raises(SpillError, match=r"No space left on device.*Make room in .*TMPDIR") as caught:
         read()
     assert not isinstance(caught.value, ValueError)
+
+
+# -- what real files do besides ----------------------------------------------------------------------------------------
+
+
+def tokens_read(path, tokenizer, **options):
+    with open_cells(path, tokenizer) as cells:
+        expression = read_expression(cells, tokenizer, **options)
+        return CellTokens.concatenate(list(expression.tokens(tokenizer))), expression
+
+
+def test_row_numbers_as_index_are_no_ids_where_names_stand_beside(baron, tokenizer, tmp_path):
+    rows = np.sort(np.random.default_rng(0).choice(36_000, 1000, replace=False))
+    cells = baron[:, :1000].copy()
+    cells.var["feature_name"] = cells.var_names.to_numpy()
+    expected = tokenizer.resolve_genes(cells.var_names)
+    cells.var_names = rows.astype(str)
+    cells.write_h5ad(tmp_path / "census.h5ad")
+    _, expression = tokens_read(tmp_path / "census.h5ad", tokenizer, min_coverage=0)
+    assert np.array_equal(expression.resolution.token_ids, expected.token_ids)
+
+
+def test_missing_symbols_are_filled_from_ids(tokenizer, tmp_path):
+    var = pd.DataFrame(
+        {"gene_ids": ["ENSG00000153563", "ENSG00000167286", "ENSG00000090382"]}, index=["NA", "NA.1", "LYZ"]
+    )
+    ad.AnnData(sp.csr_matrix([[3.0, 5, 2]]), var=var).write_h5ad(tmp_path / "cells.h5ad")
+    _, expression = tokens_read(tmp_path / "cells.h5ad", tokenizer)
+    assert expression.resolution.symbols.tolist() == ["CD8A", "CD3D", "LYZ"]
+
+
+@pytest.mark.parametrize("key", ["raw", "X"])
+def test_a_layer_called_as_another_matrix_is_told_from_it(key, adata, tokenizer, tmp_path):
+    adata.layers[key] = adata.X.copy()
+    adata.X = adata.X.toarray() - 1
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    _, expression = tokens_read(tmp_path / "cells.h5ad", tokenizer)
+    assert expression.source == f"layers['{key}']"
+    assert len(variable_genes(adata, 5, tokenizer, layer=expression.layer)) == 5
+
+
+def test_obs_may_have_a_column_of_barcodes(adata, tokenizer, tmp_path):
+    adata.obs["barcodes"] = adata.obs_names
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    tokens, _ = tokens_read(tmp_path / "cells.h5ad", tokenizer)
+    assert len(tokens) == 48
+
+
+def test_a_layer_of_no_numbers_is_left_out_and_said(adata, tokenizer, tmp_path):
+    adata.layers["phases"] = adata.X.astype(np.complex64)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with open_cells(tmp_path / "cells.h5ad", tokenizer) as cells:
+        assert list(cells.matrices) == ["X"]
+        assert "'phases' is left out" in cells.notes[0]
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2:UserWarning", "ignore:.*zarr.*:FutureWarning")
+def test_a_zipped_zarr_is_read(adata, tokenizer, tmp_path):
+    adata.write_zarr(tmp_path / "cells.zarr")
+    shutil.make_archive(tmp_path / "cells.zarr", "zip", tmp_path / "cells.zarr")
+    tokens, _ = tokens_read(tmp_path / "cells.zarr.zip", tokenizer)
+    assert np.array_equal(tokens.input_ids, tokenizer.tokenize_cells(adata.X, adata.var_names).input_ids)
+    assert (read_cells(tmp_path / "cells.zarr.zip").X != adata.X).nnz == 0
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2:UserWarning")
+def test_a_zarr_whose_values_are_not_all_there_is_an_error(baron, tokenizer, tmp_path):
+    baron.write_zarr(tmp_path / "cells.zarr")
+    chunks = [file for file in (tmp_path / "cells.zarr/X/data").rglob("*") if file.name[0].isdigit() and file.is_file()]
+    chunks[-1].unlink()
+    with pytest.raises(ValueError, match=r"must be whole, got \d+ of \d+ chunks of data in 'X' of .*cells.zarr"):
+        tokens_read(tmp_path / "cells.zarr", tokenizer)
+
+
+def test_names_behind_the_sign_of_a_comment_are_names(tokenizer, tmp_path):
+    (tmp_path / "cells.tsv").write_text("# made by hand\n#gene\tc1\tc2\nCD3E\t1\t0\nCD8A\t2\t5\n")
+    with open_cells(tmp_path / "cells.tsv", tokenizer) as cells:
+        assert cells.obs.index.tolist() == ["c1", "c2"]
+        assert cells.matrices["X"].var.index.tolist() == ["CD3E", "CD8A"]
+        assert cells.matrices["X"].rows.read(0, 2).toarray().tolist() == [[1, 2], [0, 5]]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param(["CD3E\t1\t0", "\t\t", "CD8A\t2\t5"], id="row_of_tabs"),
+        pytest.param(["CD3E\t1\t0", '"CD8A\t2\t5', "LYZ\t1\t1"], id="open_quote"),
+    ],
+)
+def test_rows_that_do_not_fit_their_names_are_an_error(lines, tokenizer, tmp_path):
+    (tmp_path / "cells.tsv").write_text("\n".join(["gene\tc1\tc2", *lines]) + "\n")
+    with pytest.raises(ValueError, match=r"cells\.tsv"):
+        tokens_read(tmp_path / "cells.tsv", tokenizer)
+
+
+def test_chunks_may_be_read_twice_at_a_time(baron, tokenizer, tmp_path, monkeypatch):
+    small_pieces(monkeypatch, 5000)
+    cells = baron.copy()
+    cells.X = cells.X.tocsc()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with open_cells(tmp_path / "cells.h5ad", tokenizer) as file:
+        expression = read_expression(file, tokenizer)
+        first, second = [], []
+        for one, other in zip(expression.chunks(), expression.chunks(), strict=True):
+            first.append(one)
+            second.append(other)
+    for chunks in (first, second):
+        assert (sp.vstack(chunks) != baron.X).nnz == 0
+
+
+def test_a_backed_anndata_in_columns_is_read_as_its_file_is(baron, tokenizer, tmp_path):
+    cells = baron.copy()
+    cells.X = cells.X.tocsc()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    with anndata_cells(backed) as file:
+        assert isinstance(file.matrices["X"].rows, CompressedColumns)
+        tokens = CellTokens.concatenate(list(read_expression(file, tokenizer).tokens(tokenizer)))
+    backed.file.close()
+    assert np.array_equal(tokens.input_ids, tokenizer.tokenize_cells(baron.X, baron.var_names).input_ids)
+
+
+def test_the_tokenizer_and_the_reader_choose_the_same_matrix(adata, tokenizer):
+    adata.raw = ad.AnnData(adata.X.log1p()[:, :20], var=adata.var[:20])
+    with anndata_cells(adata) as cells:
+        expression = read_expression(cells, tokenizer)
+        tokens = CellTokens.concatenate(list(expression.tokens(tokenizer)))
+    assert expression.source == "X"
+    assert np.array_equal(tokens.input_ids, tokenizer.tokenize_cells(adata).input_ids)
+
+
+def test_a_dense_matrix_is_sampled_by_its_entries(monkeypatch):
+    monkeypatch.setattr(storage, "SAMPLE_ENTRIES", 4000)
+    rows = SlicedRows(np.ones((500, 40)))
+    assert storage.sample_of(rows, 2048).shape == (96, 40)
+    assert storage.sample_of(SlicedRows(sp.random(500, 40, 0.01, "csr", rng=0)), 2048).shape == (500, 40)

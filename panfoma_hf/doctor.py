@@ -10,6 +10,7 @@ import pandas as pd
 import scipy.sparse as sp
 from transformers.utils import logging
 
+from .data.cell_file import CellFile
 from .data.cells import (
     MIN_COVERAGE,
     SAMPLE_CELLS,
@@ -20,7 +21,7 @@ from .data.cells import (
     source_of,
     weigh,
 )
-from .data.readers import CellFile, open_cells
+from .data.readers import open_cells
 from .data.storage import CompressedColumns, sample_of
 from .tokenization import CellTokens, GeneResolution, PanFoMaTokenizer, ValueScale
 

@@ -26,7 +26,8 @@ from ..tokenization.value_scale import (
     SCALED,
     UNEXPLAINED,
 )
-from .readers import LAYER_PREFIX, CellFile, Matrix, anndata_cells, open_cells, open_zarr, readable
+from .cell_file import CellFile, Matrix, readable
+from .readers import LAYER_PREFIX, anndata_cells, open_cells, open_zarr
 from .storage import Rows, check_matrix, sample_of
 
 

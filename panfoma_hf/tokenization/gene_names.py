@@ -401,6 +401,11 @@ class GeneTable:
         self.source = lines[0].removeprefix("# ")
         cells = zip(*(line.split("\t") for line in lines[2:]), strict=True)
         columns = dict(zip(lines[1].split("\t"), cells, strict=True))
+        if "token_id" not in columns:
+            raise ValueError(
+                f"A gene table has a column token_id, got {', '.join(columns)}. It is of a development version of "
+                "panfoma-hf: fine-tune that checkpoint again."
+            )
         self.all_symbols, self.locus_group = columns["symbol"], columns["locus_group"]
         self.token_of_row = [int(token or -1) for token in columns["token_id"]]
         self.symbols = [symbol for symbol, token in zip(self.all_symbols, self.token_of_row, strict=True) if token > 0]

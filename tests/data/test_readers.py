@@ -22,7 +22,7 @@ import pytest
 import scipy.sparse as sp
 
 from panfoma_hf import open_cells, read_expression
-from panfoma_hf.data import readers, storage
+from panfoma_hf.data import storage, text_readers
 from panfoma_hf.data.cells import read_cells
 from panfoma_hf.data.readers import anndata_cells
 from panfoma_hf.data.storage import CompressedColumns, CompressedRows, SlicedRows, SpilledRows, SpillError, sample_index
@@ -384,7 +384,7 @@ def small_pieces(monkeypatch, num_entries: int) -> None:
     """Hold so few entries at a time."""
     monkeypatch.setattr(storage, "CHUNK_ENTRIES", num_entries)
     monkeypatch.setattr(storage, "BLOCK_ENTRIES", num_entries)
-    monkeypatch.setattr(readers, "BLOCK_ENTRIES", num_entries)
+    monkeypatch.setattr(text_readers, "BLOCK_ENTRIES", num_entries)
 
 
 def spilled(rows) -> SpilledRows | None:

@@ -1,5 +1,6 @@
 """Names of genes as files have them, each with the fact of HGNC (2024-10-18) that decides it."""
 
+import gzip
 import json
 import pickle
 
@@ -149,6 +150,31 @@ def test_an_added_token_comes_before_the_gene_of_that_name_outside_the_vocabular
     resolution = tokenizer.resolve_genes(["MTRNR2L12", "CD8A"])
     assert resolution.rule.tolist() == ["added token", "approved symbol"]
     assert resolution.token_ids[0] == len(tokenizer) - 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        pytest.param("hgnc_id\tsymbol\nHGNC:5\tA1BG", "has a column token_id, got hgnc_id, symbol", id="no_token_ids"),
+        pytest.param("{columns}\n2\tHGNC:5\tA1BG\t\t\tprotein-coding\t\t", "must be 1, 2, 3", id="gap"),
+    ],
+)
+def test_a_gene_table_of_another_kind_is_an_error(rows, message, tmp_path):
+    columns = "\t".join(
+        [
+            "token_id",
+            "hgnc_id",
+            "symbol",
+            "ensembl_id",
+            "ncbi_gene_id",
+            "locus_group",
+            "previous_symbols",
+            "alias_symbols",
+        ]
+    )
+    (tmp_path / "genes.tsv.gz").write_bytes(gzip.compress(f"# source\n{rows.format(columns=columns)}\n".encode()))
+    with pytest.raises(ValueError, match=message):
+        PanFoMaTokenizer(tmp_path / "genes.tsv.gz")
 
 
 # -- report --------------------------------------------------------------------------------------------------------

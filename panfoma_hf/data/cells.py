@@ -142,9 +142,10 @@ class Expression:
         """
         for chunk in self.chunks():
             try:
-                yield tokenizer.tokenize_cells(chunk, self.resolution, max_length=max_length, scale=self.scale)
+                tokens = tokenizer.tokenize_cells(chunk, self.resolution, max_length=max_length, scale=self.scale)
             except ValueError as error:
                 raise ValueError(str(error).replace("the matrix", f"{self.source} of {self.name}", 1)) from None
+            yield tokens
 
 
 def source_of(layer: str) -> str:
@@ -230,8 +231,11 @@ def look_at_matrices(cells: CellFile, layer: str | None = None) -> Look:
             f"`layer` must be 'X', 'raw' or a layer's name, got {layer!r}; {cells.name} has {sorted(cells.matrices)}. "
             "Leave it out to have the counts looked for."
         )
-    first = [key for key in cells.matrices if key.removeprefix(LAYER_PREFIX).lower() in (*COUNT_LAYERS, "raw")]
-    first = sorted(first, key="raw".__eq__) + [key for key in ("X",) if key in cells.matrices]
+    if not cells.matrices:
+        raise ValueError(f"A matrix of expression is needed, got none in {cells.name}. Write it again with its counts.")
+    names = {key: key.removeprefix(LAYER_PREFIX).lower() for key in cells.matrices if key not in ("raw", "X")}
+    first = [key for key, name in names.items() if name in (*COUNT_LAYERS, "raw")]
+    first += [key for key in ("raw", "X") if key in cells.matrices]
     others = [key for key in cells.matrices if key not in first]
     scales, best, best_sample = {}, None, None
     for key in [*first, *others] if layer is None else [layer]:

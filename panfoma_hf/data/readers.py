@@ -130,11 +130,6 @@ def _read_hdf5(path: Path, file: h5py.File) -> CellFile:
             f"Cells are read from one modality, got a MuData with {', '.join(file['mod'])} in {path}. "
             "Write that of RNA by itself: mdata['rna'].write_h5ad()."
         )
-    if "mod" in file:
-        raise ValueError(
-            f"Cells are read from one modality, got a MuData with {', '.join(file['mod'])} in {path}. "
-            "Write that of RNA by itself: mdata['rna'].write_h5ad()."
-        )
     raise ValueError(
         f"An .h5ad file holds obs, var and X, got {', '.join(file) or 'nothing'} in {path}. "
         "Write it with `adata.write_h5ad()`."
@@ -199,20 +194,18 @@ def _layer_key(name: str) -> str:
 
 
 def _with_matrices(cells: CellFile, elements: dict, var: pd.DataFrame, raw_var: pd.DataFrame | None) -> CellFile:
-    """The file with those of its elements that are matrices of numbers; a note says which are not."""
-    unusable = []
+    """The file with those of its elements that are matrices of numbers; a note says which layers are not."""
     for key, element in elements.items():
         if element is None or (hasattr(element, "shape") and len(element.shape) != 2):
             continue
         try:
-            cells.matrices[key] = Matrix(
-                _rows_of(element, f"{key!r} of {cells.name}"), raw_var if key == "raw" else var
-            )
+            rows = _rows_of(element, f"{key!r} of {cells.name}")
         except ValueError as error:
-            unusable.append(error)
+            if key in ("X", "raw", *COUNT_LAYERS):
+                raise
             cells.notes.append(f"{key!r} is left out: {error}")
-    if unusable and not cells.matrices.keys() & {"X", "raw", *COUNT_LAYERS}:
-        raise unusable[0]
+        else:
+            cells.matrices[key] = Matrix(rows, raw_var if key == "raw" else var)
     return cells
 
 
@@ -294,7 +287,7 @@ def _read_loom(path: Path, file: h5py.File) -> CellFile:
     obs = _indexed(cells, ("CellID", "obs_names", "CellIDs", "barcode"))
     matrices = {"X": Matrix(SlicedRows(file["matrix"], transposed=True), var)}
     for key, layer in file.get("layers", {}).items():
-        matrices[key] = Matrix(SlicedRows(layer, transposed=True), var)
+        matrices[_layer_key(key)] = Matrix(SlicedRows(layer, transposed=True), var)
     return CellFile(str(path), "loom", obs, matrices)
 
 

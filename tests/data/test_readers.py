@@ -944,6 +944,12 @@ def test_a_layer_of_no_numbers_is_left_out_and_said(adata, tokenizer, tmp_path):
         assert "'phases' is left out" in cells.notes[0]
 
 
+def test_an_anndata_without_a_matrix_is_an_error(tokenizer):
+    with anndata_cells(ad.AnnData(obs=pd.DataFrame(index=["a"]))) as cells:  # noqa: SIM117
+        with pytest.raises(ValueError, match="A matrix of expression is needed, got none in the AnnData"):
+            read_expression(cells, tokenizer)
+
+
 @pytest.mark.filterwarnings("ignore:Writing zarr v2:UserWarning", "ignore:.*zarr.*:FutureWarning")
 def test_a_zipped_zarr_is_read(adata, tokenizer, tmp_path):
     adata.write_zarr(tmp_path / "cells.zarr")

@@ -105,7 +105,7 @@ def _shown(fact) -> str:
         return "; ".join(f"{key.replace('_', ' ')} {_shown(value)}" for key, value in fact.items())
     if isinstance(fact, bool) or not isinstance(fact, int | float):
         return str(fact)
-    return f"{fact:,}" if isinstance(fact, int) or fact >= 100 else f"{fact:.3g}"
+    return f"{fact:,.0f}" if isinstance(fact, int) or fact >= 100 else f"{fact:.2g}"
 
 
 def check(
@@ -165,7 +165,7 @@ def _columns_by_role(obs: pd.DataFrame) -> dict[str, dict[str, str]]:
     for column in obs:
         name = re.sub(r"[^a-z0-9]", "", str(column).lower())
         role = next((role for role, pattern in ROLES.items() if re.search(pattern, name)), None)
-        if role is None or obs[column].dtype.kind == "f":
+        if role is None or name.startswith("panfoma") or obs[column].dtype.kind == "f":
             continue
         distinct, missing = obs[column].nunique(), int(obs[column].isna().sum())
         if 1 <= distinct <= min(MAX_DISTINCT, max(len(obs) // 2, 1)):
@@ -228,7 +228,7 @@ def _describe_cells(report, sample: sp.csr_matrix, scale: ValueScale, tokens: Ce
         quality = {"mitochondrial_genes": "none"}
     report.facts["quality"] = {
         "median_genes": int(np.median(genes)),
-        "median_total": float(np.round(np.median(total))),
+        "median_total": round(float(np.median(total))),
         f"below_{MIN_GENES}_genes": int((genes < MIN_GENES).sum()),
         "without_a_known_gene": int((tokens.lengths == 0).sum()),
         **quality,

@@ -204,7 +204,7 @@ def _describe_expression(report, cells, tokenizer, model, layer, gene_column, mi
         tokenizer.tokenize_cells(sample, report.genes, max_length=tokenizer.model_max_length, scale=scale)
         rate = sample.shape[0] / (time.perf_counter() - started)
         report.facts["reading"] = (
-            f"{rate:,.0f} cells/s from file to tokens, {len(cells.obs) / rate:,.0f} s for all cells"
+            f"{rate:,.0f} cells/s from file to tokens, {_shown(len(cells.obs) / rate)} s for all cells"
         )
     _describe_cells(report, sample, scale, tokens, tokenizer)
     if model is not None:

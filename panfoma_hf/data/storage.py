@@ -3,8 +3,8 @@
 import itertools
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 import numpy as np
 import scipy.sparse as sp
@@ -24,28 +24,35 @@ class SpillError(OSError):
     """The temporary file of a matrix cannot be written."""
 
 
-class Rows(Protocol):
+class Rows(ABC):
     """A (cells, genes) matrix that is read a few rows at a time."""
 
     shape: tuple[int, int]
 
+    @abstractmethod
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows from ``start`` to before ``stop``, (rows, genes)."""
 
-    def sample(self, index: np.ndarray) -> sp.csr_matrix:
-        """Rows of an ascending index, (rows, genes)."""
-
+    @abstractmethod
     def bounds(self) -> list[int]:
         """Where chunks start, and the number of rows: each chunk fits into memory."""
 
+    @abstractmethod
     def entries(self) -> int:
         """About how many entries a row has."""
 
-    def close(self) -> None:
+    def sample(self, index: np.ndarray) -> sp.csr_matrix:
+        """Rows of an ascending index, (rows, genes), one read for each run of neighbours."""
+        if not len(index):
+            return self.read(0, 0)
+        runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
+        return sp.vstack([self.read(int(run[0]), int(run[-1]) + 1) for run in runs], format="csr")
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to give up
         """Give up temporary files."""
 
 
-class SlicedRows:
+class SlicedRows(Rows):
     """A matrix that gives its rows when sliced: dense or CSR in memory, an array of HDF5 or zarr, AnnData's on disk.
 
     Parameters
@@ -71,10 +78,6 @@ class SlicedRows:
             check_matrix(rows)
         return sp.csr_matrix(rows if rows.dtype != np.float16 else rows.astype(np.float32))
 
-    def sample(self, index: np.ndarray) -> sp.csr_matrix:
-        """Rows of an ascending index, (rows, genes)."""
-        return _sample_runs(self, index)
-
     def bounds(self) -> list[int]:
         """Where chunks start, and the number of rows."""
         if sp.issparse(self._matrix):
@@ -86,11 +89,8 @@ class SlicedRows:
         """About how many entries a row has: of a dense matrix at most its width."""
         return self._matrix.nnz // max(self.shape[0], 1) if sp.issparse(self._matrix) else self.shape[1]
 
-    def close(self) -> None:
-        """There is nothing to give up."""
 
-
-class CompressedRows:
+class CompressedRows(Rows):
     """A CSR matrix whose three arrays lie on disk.
 
     Parameters
@@ -113,10 +113,6 @@ class CompressedRows:
         indptr = self._indptr[start : stop + 1] - first
         return sp.csr_matrix((self._data[first:last], indices, indptr), shape=(stop - start, self.shape[1]))
 
-    def sample(self, index: np.ndarray) -> sp.csr_matrix:
-        """Rows of an ascending index, (rows, genes)."""
-        return _sample_runs(self, index)
-
     def bounds(self) -> list[int]:
         """Where chunks start, and the number of rows."""
         return _bounds(self._indptr)
@@ -125,11 +121,8 @@ class CompressedRows:
         """About how many entries a row has."""
         return int(self._indptr[-1]) // max(self.shape[0], 1)
 
-    def close(self) -> None:
-        """There is nothing to give up."""
 
-
-class CompressedColumns:
+class CompressedColumns(Rows):
     """A CSC matrix whose three arrays lie on disk; it is turned into rows, in a temporary file, when first read whole.
 
     Parameters
@@ -191,7 +184,7 @@ class CompressedColumns:
             self._rows.close()
 
 
-class SpilledRows:
+class SpilledRows(Rows):
     """Rows whose entries came in another order, in a temporary file that vanishes when it is closed.
 
     Parameters
@@ -261,10 +254,6 @@ class SpilledRows:
             parts.append((rows, columns, data))
         return _merged(parts, (stop - start, self.shape[1]))
 
-    def sample(self, index: np.ndarray) -> sp.csr_matrix:
-        """Rows of an ascending index, (rows, genes)."""
-        return _sample_runs(self, index)
-
     def bounds(self) -> list[int]:
         """Where chunks start, and the number of rows."""
         return _bounds(np.append(0, np.cumsum(self._sizes)))
@@ -280,14 +269,6 @@ def _merged(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], shape: tuple
         return sp.csr_matrix(shape, dtype=np.float32)
     rows, columns, data = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return sp.coo_matrix((data, (rows, columns)), shape=shape).tocsr()
-
-
-def _sample_runs(rows: Rows, index: np.ndarray) -> sp.csr_matrix:
-    """Rows of an ascending index, one read for each run of neighbours."""
-    if not len(index):
-        return rows.read(0, 0)
-    runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
-    return sp.vstack([rows.read(int(run[0]), int(run[-1]) + 1) for run in runs], format="csr")
 
 
 def sample_of(rows: Rows, size: int) -> sp.csr_matrix:

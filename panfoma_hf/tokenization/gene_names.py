@@ -241,11 +241,13 @@ class GeneResolution:
         }
         note = "found by further columns of names"
         before = self.notes.get(note, {}).get("columns", 0)
-        left = " ".join(map(str, self.names[(self.rule == AMBIGUOUS) & ~filled]))
+        left = tuple(str(name).strip() for name in self.names[(self.rule == AMBIGUOUS) & ~filled])
         return dataclasses.replace(
             self,
             **changed,
-            ambiguous={name: symbols for name, symbols in self.ambiguous.items() if name in left},
+            ambiguous={
+                name: symbols for name, symbols in self.ambiguous.items() if any(text.endswith(name) for text in left)
+            },
             notes={**self.notes, note: {"columns": before + int(filled.sum())}},
         )
 

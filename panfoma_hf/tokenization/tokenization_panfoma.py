@@ -224,8 +224,8 @@ class PanFoMaTokenizer(PreTrainedTokenizer):
     def resolve_genes(self, names: Sequence[str], counts: np.ndarray | None = None) -> GeneResolution:
         """Find the gene that each name stands for.
 
-        In this order: HGNC's approved symbols; Ensembl ids with or without version, HGNC ids, NCBI Gene ids;
-        previous symbols; aliases; all of these in another case or with other separators; symbols that a spreadsheet
+        In this order: tokens that were added; HGNC's approved, previous and alias symbols; Ensembl ids with or without
+        version, HGNC ids, NCBI Gene ids; symbols in another case or with other separators; symbols that a spreadsheet
         took for dates; symbols with a number that ``make_unique`` appended. White space, quotes and genome prefixes
         are taken off first. A name of several genes is reported as ambiguous, not guessed.
 

@@ -29,9 +29,11 @@ AutoTokenizer.register(PanFoMaConfig, tokenizer_class=PanFoMaTokenizer)
 
 # Public names that need AnnData or datasets, and the modules that they live in.
 _LAZY = {
+    "Corpus": ".data.corpus",
     "DataCollatorForCells": ".data.collator",
     "PanFoMaTrainer": ".training",
     "annotate": ".inference",
+    "build_corpus": ".data.corpus",
     "cell_dataset": ".data.dataset",
     "check": ".doctor",
     "embed": ".inference",
@@ -42,6 +44,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Corpus",
     "DataCollatorForCells",
     "PanFoMaConfig",
     "PanFoMaForCellClassification",
@@ -51,6 +54,7 @@ __all__ = [
     "PanFoMaTrainer",
     "__version__",
     "annotate",
+    "build_corpus",
     "cell_dataset",
     "check",
     "embed",

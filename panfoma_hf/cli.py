@@ -1,6 +1,9 @@
 """The command `panfoma`: thin subcommands over the package's functions."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="PanFoMa for single-cell RNA sequencing.",
 )
+corpus = typer.Typer(no_args_is_help=True, help="Build, inspect and publish a corpus of tokenized cells.")
+app.add_typer(corpus, name="corpus")
 
 
 @app.callback()
@@ -47,3 +52,79 @@ def check(
     )
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     raise typer.Exit(0 if report.is_ready else 1)
+
+
+@corpus.command()
+def build(
+    sources: Annotated[Path, typer.Argument(help="Source list in YAML: studies, files, columns, labels.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the corpus: new, or one to bring up to date.")],
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that the list's paths start from; its own if left out.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores if left out.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler to run on instead.")] = None,
+    model: Annotated[str | None, typer.Option(help="A checkpoint whose tokenizer to use.")] = None,
+) -> None:
+    """Build a corpus from raw files, or bring it up to date: files that are finished and unchanged are not read again.
+
+    Exit code 1 if a file cannot be read, the disk is full, or a donor or equal cells are on both sides of a split; what
+    is finished stays. Example: panfoma corpus build sources.yaml corpus --root /data --workers 8
+    """
+    from transformers import AutoTokenizer
+
+    from .data.corpus import build_corpus
+
+    with _told():
+        built = build_corpus(
+            sources,
+            out,
+            root=root,
+            workers=workers or os.cpu_count() or 1,
+            scheduler=scheduler,
+            tokenizer=None if model is None else AutoTokenizer.from_pretrained(model),
+        )
+        typer.echo(str(built))
+        typer.echo(f"\n{out / 'README.md'} is its data card")
+
+
+@corpus.command()
+def info(
+    out: Annotated[str, typer.Argument(help="A corpus' folder, or its name on the Hub.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest.")] = False,
+    verify: Annotated[bool, typer.Option(help="Compare every shard with its checksum.")] = False,
+) -> None:
+    """Say what is in a corpus: studies, cancer types, donors, what was left out, splits."""
+    from .data.corpus import Corpus
+
+    with _told():
+        opened = Corpus.open(out)
+        if verify:
+            opened.verify()
+        typer.echo(json.dumps(opened.manifest, indent=1, ensure_ascii=False) if as_json else str(opened))
+        if verify and not as_json:
+            typer.echo("\nall shards and splits are as they were written")
+
+
+@corpus.command()
+def push(
+    out: Annotated[Path, typer.Argument(help="A corpus' folder.")],
+    repo_id: Annotated[str, typer.Argument(help="Name on the Hub, such as lab/panfoma-bench.")],
+    private: Annotated[bool, typer.Option(help="Whether a new one is hidden from others.")] = False,
+) -> None:
+    """Publish a corpus with its data card on the Hugging Face Hub."""
+    from .data.corpus import Corpus
+
+    with _told():
+        typer.echo(Corpus.open(out).push_to_hub(repo_id, private=private))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Print what went wrong without a traceback, and end with exit code 1."""
+    from .data.corpus import CorpusError
+
+    try:
+        yield
+    except (CorpusError, OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None

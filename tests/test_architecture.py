@@ -24,7 +24,7 @@ ARROWS = {
     "tokenization": set(),
     "version": set(),
     "plotting": set(),
-    "data": {"tokenization"},
+    "data": {"tokenization", "version"},
     "evaluation": {"data", "modeling", "tokenization"},
     "inference": {"data", "modeling", "tokenization", "version"},
     "training": {"data", "modeling", "tokenization"},

@@ -130,8 +130,10 @@ class Expression:
             raise ValueError(_unreadable(scale, self.source, self.name))
         return chunk
 
-    def tokens(self, tokenizer: PanFoMaTokenizer, max_length: int | None = None) -> Iterator[CellTokens]:
-        """All cells in order as tokens, a chunk at a time.
+    def tokens(
+        self, tokenizer: PanFoMaTokenizer, max_length: int | None = None, is_kept: np.ndarray | None = None
+    ) -> Iterator[CellTokens]:
+        """Cells in order as tokens, a chunk at a time.
 
         Parameters
         ----------
@@ -139,8 +141,13 @@ class Expression:
             The one that resolved the genes.
         max_length
             Genes of a cell that are kept; None keeps all.
+        is_kept
+            (cells,), which cells to tokenize; None takes all.
         """
+        start = 0
         for chunk in self.chunks():
+            if is_kept is not None:
+                start, chunk = start + chunk.shape[0], chunk[is_kept[start : start + chunk.shape[0]]]
             try:
                 tokens = tokenizer.tokenize_cells(chunk, self.resolution, max_length=max_length, scale=self.scale)
             except ValueError as error:

@@ -16,7 +16,7 @@ from ..tokenization import PanFoMaTokenizer
 from ..tokenization.value_scale import COUNT_LAYERS
 from .cell_file import CellFile, Matrix, one_line, readable
 from .storage import CompressedColumns, CompressedRows, Rows, SlicedRows
-from .text_readers import files_like, read_mtx, read_table
+from .text_readers import files_like, mtx_files, read_mtx, read_table
 
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".tab")
@@ -56,6 +56,22 @@ def open_cells(path: str | Path, tokenizer: PanFoMaTokenizer | None = None) -> C
         cells.close()
         raise
     return cells
+
+
+def input_files(path: str | Path) -> list[Path]:
+    """All files that `open_cells` reads for a path, sorted: a folder's, and what lies beside a `.mtx` file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing at the path.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if not path.exists():
+        raise FileNotFoundError(f"Cells are read from a file or a folder, got nothing at {path}. Check the path.")
+    return mtx_files(path) if re.search(r"\.mtx(\.gz)?$", path.name) else [path]
 
 
 def _reader_of(path: Path) -> Callable[..., CellFile]:

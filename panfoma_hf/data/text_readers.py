@@ -19,6 +19,9 @@ from .storage import BLOCK_ENTRIES, Rows, SpilledRows
 
 # Text of a block is parsed in parts, as the parser needs several times their memory.
 _PARTS_OF_BLOCK = 4
+# Files beside a matrix that name its cells and genes.
+_BARCODES = ("barcodes.tsv", "cells.tsv")
+_FEATURES = ("features.tsv", "genes.tsv")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,9 +44,8 @@ def read_mtx(path: Path) -> CellFile:
                 "Name one of these files."
             )
         path = matrices[0]
-    prefix = re.sub(r"(matrix)?\.mtx(\.gz)?$", "", path.name)
-    barcodes = _read_names(path, prefix, ("barcodes.tsv", "cells.tsv"), "cells")
-    features = _read_names(path, prefix, ("features.tsv", "genes.tsv"), "genes")
+    barcodes = _read_names(path, _BARCODES, "cells")
+    features = _read_names(path, _FEATURES, "genes")
     obs = pd.DataFrame(index=barcodes[0].to_numpy())
     var = pd.DataFrame(index=features[min(1, features.shape[1] - 1)].to_numpy())
     if features.shape[1] > 1:
@@ -54,22 +56,38 @@ def read_mtx(path: Path) -> CellFile:
     return CellFile(str(path), "10x mtx", obs, {"X": Matrix(rows, var)})
 
 
-def _read_names(path: Path, prefix: str, names: tuple[str, ...], what: str) -> pd.DataFrame:
+def mtx_files(path: Path) -> list[Path]:
+    """A `.mtx` file and those beside it that name its genes and cells."""
+    beside = [_file_beside(path, names) for names in (_BARCODES, _FEATURES)]
+    return sorted([path, *(file for file in beside if file is not None)])
+
+
+def _file_beside(path: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of the named files beside a matrix, with its prefix, packed or not."""
+    prefix = _prefix(path)
+    files = (path.parent / f"{prefix}{name}{suffix}" for name in names for suffix in ("", ".gz"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _prefix(path: Path) -> str:
+    return re.sub(r"(matrix)?\.mtx(\.gz)?$", "", path.name)
+
+
+def _read_names(path: Path, names: tuple[str, ...], what: str) -> pd.DataFrame:
     """A file without header beside the matrix; one column a field."""
-    for name in names:
-        for file in (path.parent / f"{prefix}{name}", path.parent / f"{prefix}{name}.gz"):
-            if file.is_file():
-                try:
-                    return pd.read_csv(file, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
-                except pd.errors.EmptyDataError as error:
-                    raise ValueError(
-                        f"A Matrix Market file needs the names of its {what}, got an empty {file.name} beside {path}. "
-                        "Write or download it again."
-                    ) from error
-    raise ValueError(
-        f"A Matrix Market file needs the names of its {what} beside it, got no {prefix}{names[0]} (or .gz) in "
-        f"{path.parent}. Put {' or '.join(names)} there."
-    )
+    file = _file_beside(path, names)
+    if file is None:
+        raise ValueError(
+            f"A Matrix Market file needs the names of its {what} beside it, got no {_prefix(path)}{names[0]} (or .gz) "
+            f"in {path.parent}. Put {' or '.join(names)} there."
+        )
+    try:
+        return pd.read_csv(file, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(
+            f"A Matrix Market file needs the names of its {what}, got an empty {file.name} beside {path}. "
+            "Write or download it again."
+        ) from error
 
 
 def _mtx_rows(path: Path, num_cells: int, num_genes: int) -> Rows:

@@ -115,7 +115,7 @@ def push(
     from .data.corpus import Corpus
 
     with _told():
-        typer.echo(Corpus.open(out).push_to_hub(repo_id, private=private))
+        typer.echo(Corpus.open(out.resolve()).push_to_hub(repo_id, private=private))
 
 
 @contextmanager

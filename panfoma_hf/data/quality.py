@@ -6,12 +6,14 @@ from typing import Literal
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from pydantic import BaseModel, ConfigDict, Field
 from transformers.utils import logging
 
-from ..tokenization import ValueScale
+from ..tokenization import GeneResolution, ValueScale
 from ..tokenization.value_scale import COUNTS, FRACTIONAL
+from .cell_file import one_line
 from .cells import Expression
 
 
@@ -124,7 +126,8 @@ def judge_cells(
     quality
         The thresholds.
     samples
-        (cells,), the sample that each cell was captured in: doublets and depth are matters of one capture.
+        (cells,), the sample that each cell was captured in, as names or categories: doublets and depth are matters of
+        one capture.
     is_excluded
         (cells,), cells to leave out whatever they hold; None excludes none.
     """
@@ -141,9 +144,10 @@ def judge_cells(
         if np.isnan(judged.mitochondrial).all():
             judged.notes.append("the file has no mitochondrial genes: their share was not judged")
         leave_out(MITOCHONDRIAL, judged.mitochondrial > quality.max_mitochondrial)
-    _leave_out_outliers(judged, quality, np.asarray(samples, dtype=object), expression.scale, leave_out)
+    samples = pd.Categorical(samples)
+    _leave_out_outliers(judged, quality, samples, expression.scale, leave_out)
     if quality.doublets == "scrublet":
-        _leave_out_doublets(judged, quality, np.asarray(samples, dtype=object), expression, leave_out)
+        _leave_out_doublets(judged, quality, samples, expression, leave_out)
     return judged
 
 
@@ -158,16 +162,16 @@ def _measured(expression: Expression) -> CellQuality:
     start = 0
     for chunk in expression.chunks():
         cells = slice(start, start + chunk.shape[0])
+        start += chunk.shape[0]
+        genes[cells] = np.bincount(_expressed(chunk, resolution)[0], minlength=chunk.shape[0])
         values = chunk.data.astype(np.float64)
         if log_base is not None:
             values = np.expm1(values * np.log(log_base))
         values[~is_gene[chunk.indices]] = 0
-        row = np.repeat(np.arange(chunk.shape[0]), np.diff(chunk.indptr))
-        genes[cells] = np.bincount(row[values > 0], minlength=chunk.shape[0])
+        row = np.repeat(np.arange(chunk.shape[0], dtype=np.int32), np.diff(chunk.indptr))
         counts[cells] = np.bincount(row, values, minlength=chunk.shape[0])
         of_mitochondria = is_mitochondrial[chunk.indices]
         mitochondrial[cells] = np.bincount(row[of_mitochondria], values[of_mitochondria], minlength=chunk.shape[0])
-        start += chunk.shape[0]
     known = (counts > 0) & is_mitochondrial.any()
     share = np.divide(mitochondrial, counts, out=np.full(num_cells, np.nan), where=known)
     return CellQuality(genes, counts, share, np.zeros(num_cells, dtype=np.uint8))
@@ -211,13 +215,13 @@ def upper_limit(values: np.ndarray, mads: float) -> float | None:
     return None if deviation == 0 else float(np.expm1(median + mads * deviation))
 
 
-def _cells_by_sample(samples: np.ndarray, considered: np.ndarray) -> dict[str, np.ndarray]:
-    """Indices of the cells considered, by sample, in the order of their names."""
+def _cells_by_sample(samples: pd.Categorical, considered: np.ndarray) -> dict[str, np.ndarray]:
+    """Indices of the cells considered, by sample; samples without any are not in it."""
     index = np.flatnonzero(considered)
-    names, of_cell = np.unique(samples[index].astype(str), return_inverse=True)
-    order = np.argsort(of_cell, kind="stable")
-    parts = np.split(index[order], np.cumsum(np.bincount(of_cell, minlength=len(names)))[:-1]) if len(names) else []
-    return dict(zip(names.tolist(), parts, strict=True))
+    codes = samples.codes[index]
+    order = np.argsort(codes, kind="stable")
+    parts = np.split(index[order], np.cumsum(np.bincount(codes, minlength=len(samples.categories)))[:-1])
+    return {str(name): part for name, part in zip(samples.categories, parts, strict=True) if len(part)}
 
 
 def _leave_out_doublets(judged, quality, samples, expression: Expression, leave_out) -> None:
@@ -228,19 +232,22 @@ def _leave_out_doublets(judged, quality, samples, expression: Expression, leave_
     for sample, cells in _cells_by_sample(samples, judged.verdicts == 0).items():
         if len(cells) < quality.min_sample_cells:
             continue
-        is_doublet = np.zeros(len(samples), dtype=bool)
-        called = _scrublet(expression.rows.sample(cells)[:, is_gene], quality.expected_doublet_rate)
-        if called is None:
-            judged.notes.append(
-                f"Scrublet found no threshold in sample {sample}: none of its cells was left out for it"
-            )
+        try:
+            called = _scrublet(expression.rows.sample(cells)[:, is_gene], quality.expected_doublet_rate)
+        except _NoVerdict as error:
+            judged.notes.append(f"Scrublet did not judge {sample}, of which no cell was left out for it: {error}")
             continue
+        is_doublet = np.zeros(len(samples), dtype=bool)
         is_doublet[cells] = called
         leave_out(DOUBLET, is_doublet)
 
 
-def _scrublet(counts: sp.csr_matrix, expected_rate: float) -> np.ndarray | None:
-    """(cells,), what Scrublet calls doublets among a sample's cells; None where it finds no threshold."""
+class _NoVerdict(Exception):
+    """Scrublet cannot tell doublets in a sample."""
+
+
+def _scrublet(counts: sp.csr_matrix, expected_rate: float) -> np.ndarray:
+    """(cells,), what Scrublet calls doublets among a sample's cells."""
     try:
         import scanpy
         import skimage  # noqa: F401 - Scrublet's threshold
@@ -255,12 +262,17 @@ def _scrublet(counts: sp.csr_matrix, expected_rate: float) -> np.ndarray | None:
         scanpy.pp.scrublet(
             cells,
             expected_doublet_rate=expected_rate,
-            n_prin_comps=min(30, cells.n_obs - 1, cells.n_vars - 1),
+            # Exact ones depend on no number of threads, nor on pynndescent, whose 0.7 fails with scanpy 1.11.
+            use_approx_neighbors=False,
             random_state=0,
         )
+    except ValueError as error:  # fewer variable genes or cells than it takes components
+        raise _NoVerdict(one_line(error)) from error
     finally:
         scanpy.settings.verbosity = verbosity
-    return cells.obs["predicted_doublet"].to_numpy(bool) if "predicted_doublet" in cells.obs else None
+    if "predicted_doublet" not in cells.obs:
+        raise _NoVerdict("its scores have no threshold between singlets and doublets")
+    return cells.obs["predicted_doublet"].to_numpy(bool)
 
 
 def cells_per_token(expression: Expression, is_kept: np.ndarray, num_tokens: int) -> np.ndarray:
@@ -279,21 +291,25 @@ def cells_per_token(expression: Expression, is_kept: np.ndarray, num_tokens: int
     -------
     (num_tokens,) int64, by token id.
     """
-    token_ids = expression.resolution.token_ids
-    ids, columns_of = np.unique(token_ids[token_ids >= 0], return_counts=True)
-    is_shared = np.isin(token_ids, ids[columns_of > 1])
     cells = np.zeros(num_tokens, dtype=np.int64)
     start = 0
     for chunk in expression.chunks():
-        is_counted = is_kept[start : start + chunk.shape[0]]
+        kept = chunk[is_kept[start : start + chunk.shape[0]]]
         start += chunk.shape[0]
-        row = np.repeat(np.arange(chunk.shape[0]), np.diff(chunk.indptr))
-        tokens = token_ids[chunk.indices]
-        counted = is_counted[row] & (tokens >= 0) & (chunk.data > 0)
-        if is_shared.any():  # several columns of one gene are one gene of a cell
-            several = counted & is_shared[chunk.indices]
-            counted &= ~several
-            pairs = np.unique(row[several] * np.int64(num_tokens) + tokens[several])
-            cells += np.bincount(pairs % num_tokens, minlength=num_tokens)
-        cells += np.bincount(tokens[counted], minlength=num_tokens)
+        cells += np.bincount(_expressed(kept, expression.resolution)[1], minlength=num_tokens)
     return cells
+
+
+def _expressed(chunk: sp.csr_matrix, resolution: GeneResolution) -> tuple[np.ndarray, np.ndarray]:
+    """Cells and token ids of the genes of the vocabulary that are expressed, each gene once in a cell."""
+    tokens = resolution.token_ids[chunk.indices]
+    is_expressed = (tokens >= 0) & (chunk.data > 0)
+    row = np.repeat(np.arange(chunk.shape[0], dtype=np.int32), np.diff(chunk.indptr))[is_expressed]
+    tokens = tokens[is_expressed]
+    if resolution.duplicates:  # several columns of one gene
+        shared = np.isin(resolution.symbols, list(resolution.duplicates))[chunk.indices[is_expressed]]
+        size = np.int64(tokens.max(initial=0) + 1)
+        pairs = np.unique(row[shared] * size + tokens[shared])
+        row = np.append(row[~shared], pairs // size)
+        tokens = np.append(tokens[~shared], pairs % size)
+    return row, tokens

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -13,7 +14,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ from .corpus import (
 from .sources import SourceList, check_labels_occur, check_vocabulary, resolved_settings, tokenizer_fingerprint
 from .splits import SplitError, make_split
 from .units import (
+    FINISHED_FOLDER,
     UNITS_FOLDER,
     WORK_FOLDER,
     Unit,
     build_unit,
-    finished_report,
     read_progress,
     signature,
+    waiting_folder,
     write_whole,
 )
 
@@ -211,7 +212,7 @@ def _run(
     """
     reports: dict[int, dict[str, Any]] = {}
     for number, unit in enumerate(units):
-        if unit.sha256 and (report := finished_report(unit.folder(unit.sha256))):
+        if unit.sha256 and (report := unit.report(unit.sha256)):
             check_vocabulary(report["counts"], unit.vocabularies, unit.name)
             reports[number] = report
     sizes = {number: signature(unit.file)[0] for number, unit in enumerate(units) if number not in reports}
@@ -283,18 +284,28 @@ def _executor(workers: int, scheduler: str | None) -> Iterator[Executor]:
         with ThreadPoolExecutor(1) as executor:
             yield executor
     else:
-        # Spawned, as this process may have threads that a fork would leave half copied.
-        executor = ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
-        )
+        executor = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_end_with_parent)
         try:
             yield executor
         finally:
             executor.shutdown(cancel_futures=True)
 
 
-def _end_with(parent: int) -> None:
-    """Let a worker end when the build that started it was killed."""
+def _context() -> multiprocessing.context.BaseContext:
+    """How workers start: forked off a server that imports the libraries once, whose memory they share.
+
+    Not off this process, which may have threads that a fork would leave half copied.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.preload"])
+    return context
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when the build that started it was killed: its parent is then another."""
+    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -419,7 +430,10 @@ def _finish(
             if field not in (schema.DONOR_ID, schema.SAMPLE_ID)
         },
         "donors": _donors(sources, reports),
-        "units": [_without(report, "shards", "wordings", "format") for report in reports],
+        "units": [
+            {**_without(report, "shards", "wordings", "format"), "folder": folder.relative_to(out.resolve()).as_posix()}
+            for folder, report in zip(folders, reports, strict=True)
+        ],
         "shards": shards,
         "notes": check_labels_occur(sources, _wordings(reports)),
     }
@@ -431,6 +445,7 @@ def _finish(
     for note in manifest["notes"]:
         logger.warning(note)
 
+    _put_in_place(folders, out.resolve())
     (out / SPLITS_FOLDER).mkdir(exist_ok=True)
     for name, split in splits.items():
         _write_split(out, name, split.parts)
@@ -549,6 +564,17 @@ def _make_splits(sources: SourceList, corpus: Corpus, cells, manifest: dict[str,
     return splits
 
 
+def _put_in_place(folders: list[Path], out: Path) -> None:
+    """Move the units that wait to where the manifest will name them."""
+    for folder in folders:
+        waiting = waiting_folder(folder, out)
+        if waiting.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if folder.exists():  # without its report, which is written last
+                shutil.rmtree(folder)
+            waiting.rename(folder)
+
+
 def _write_split(out: Path, name: str, parts: np.ndarray) -> None:
     scratch = out / SPLITS_FOLDER / f".{name}.npy"
     np.save(scratch, parts)
@@ -593,6 +619,7 @@ def _replace_folder(new: Path, folder: Path) -> None:
 
 def _remove_others(out: Path, folders: list[Path], splits: set[str]) -> None:
     """Remove units and splits of an earlier state of the corpus, now that nothing points to them."""
+    shutil.rmtree(out / FINISHED_FOLDER, ignore_errors=True)
     kept = set(folders)
     for study in (out / UNITS_FOLDER).resolve().iterdir():
         if study.is_dir():

@@ -15,13 +15,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 
 from ...tokenization import PanFoMaTokenizer
 from .. import schema
+from ..cell_file import one_line
 from .sources import SplitSettings
 from .splits import PARTS, UNKNOWN_DONOR, CellGroups, Leaks, find_leaks, shared_barcodes
-from .units import UNITS_FOLDER
+from .units import REPORT_FILE, UNITS_FOLDER, waiting_folder
 
 
 CORPUS_FORMAT = 1
@@ -31,12 +32,8 @@ TOKENIZER_FOLDER = "tokenizer"
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
 PICTURES_FOLDER = "pictures"
-# What travels to the Hub; everything else in the folder is this machine's own.
-PUBLISHED = [
-    CARD_FILE,
-    MANIFEST_FILE,
-    *(f"{name}/**" for name in (DATASET_FOLDER, SPLITS_FOLDER, TOKENIZER_FOLDER, PICTURES_FOLDER)),
-]
+# Folders that are the corpus' own on the Hub too: files in them that it does not have any more are removed there.
+_FOLDERS = (DATASET_FOLDER, SPLITS_FOLDER, TOKENIZER_FOLDER, PICTURES_FOLDER)
 _BARCODE = r"(?P<barcode>[ACGT]{12,})"
 
 
@@ -74,18 +71,28 @@ class Corpus:
         """
         path = Path(folder)
         if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-            path = Path(snapshot_download(str(folder), repo_type="dataset", revision=revision, token=token))
+            try:
+                path = Path(snapshot_download(str(folder), repo_type="dataset", revision=revision, token=token))
+            except Exception as error:  # of the network, the Hub or the disk, from several libraries
+                raise CorpusError(
+                    f"A corpus is a folder or a data set on the Hub, got {folder}: there is no such folder, and the "
+                    f"Hub says: {one_line(error)}. Check the name, the connection, and that you are logged in."
+                ) from error
         manifest = path / MANIFEST_FILE
         if not manifest.is_file():
             raise CorpusError(
                 f"A corpus is a folder with {MANIFEST_FILE}, got none in {path}. Build it, or build it again if it was "
                 "cut off: `panfoma corpus build SOURCES OUT`."
             )
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        if content.get("format") != CORPUS_FORMAT:
+        try:
+            content = json.loads(manifest.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CorpusError(f"A manifest is JSON, got {one_line(error)} in {manifest}. Build it again.") from error
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != CORPUS_FORMAT:
             raise CorpusError(
-                f"This version reads corpora of format {CORPUS_FORMAT}, got {content.get('format')} in {path}. Build "
-                "it again, or install the version that built it."
+                f"This version reads corpora of format {CORPUS_FORMAT}, got {found} in {path}. Build it again, or "
+                "install the version that built it."
             )
         return cls(path, content)
 
@@ -117,7 +124,10 @@ class Corpus:
                 f"The corpus has the splits {', '.join(self.splits) or '(none)'}, got {name!r}. Name one of these."
             )
         path = self.folder / SPLITS_FOLDER / f"{name}.npy"
-        parts = np.load(path) if path.is_file() else np.empty(0, dtype=np.uint8)
+        try:
+            parts = np.load(path)
+        except (OSError, ValueError, EOFError):  # missing, damaged, cut off
+            parts = np.empty(0, dtype=np.uint8)
         if hashlib.sha256(parts.tobytes()).hexdigest() != self.splits[name]["sha256"]:
             raise CorpusError(
                 f"A split must be that of the manifest, got another or none in {path}. Build the corpus again."
@@ -182,9 +192,14 @@ class Corpus:
         ends = list(accumulate(shard["cells"] for shard in shards))
         number = bisect_right(ends, index)
         row = index - (ends[number - 1] if number else 0)
-        table = _columns(self.folder / shards[number]["path"], [schema.CELL_ID])
+        table = _columns(self._shard(shards[number]), [schema.CELL_ID])
         unit = self.manifest["units"][shards[number]["unit"]]
         return f"{table[schema.CELL_ID][row].as_py()} of {unit['study']}: {unit['file']}"
+
+    def _shard(self, shard: dict[str, Any]) -> Path:
+        """Where a shard is; while the corpus is being built, perhaps where it waits."""
+        path = self.folder.resolve() / shard["path"]
+        return path if path.is_file() else waiting_folder(path, self.folder.resolve())
 
     def verify(self) -> None:
         """Compare every shard with its checksum in the manifest.
@@ -215,7 +230,9 @@ class Corpus:
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, token: str | None = None, message: str | None = None
     ) -> str:
-        """Publish the corpus as a data set on the Hub, in one commit that also removes shards of an earlier state.
+        """Publish the corpus as a data set on the Hub, in one commit that also removes files of an earlier state.
+
+        Shards that are there already are not sent again.
 
         Parameters
         ----------
@@ -235,20 +252,42 @@ class Corpus:
         Raises
         ------
         CorpusError
-            If the corpus is not whole.
+            If the corpus is not whole, or the Hub does not take it.
         """
         self.verify()
+        files = self.files()
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            repo_type="dataset",
-            folder_path=self.folder,
-            allow_patterns=PUBLISHED,
-            delete_patterns=[f"{DATASET_FOLDER}/**", f"{SPLITS_FOLDER}/**"],
-            commit_message=message or f"{self.manifest['name']}: {len(self):,} cells",
-        )
+        try:
+            repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+            there = api.list_repo_files(repo_id, repo_type="dataset")
+            stale = [path for path in there if path.split("/")[0] in _FOLDERS and path not in files]
+            commit = api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationDelete(path) for path in stale),
+                    *(CommitOperationAdd(path, str(self.folder / path)) for path in files),
+                ],
+                repo_type="dataset",
+                commit_message=message or f"{self.manifest['name']}: {len(self):,} cells",
+            )
+        except Exception as error:  # of the network or the Hub, from several libraries
+            raise CorpusError(
+                f"The Hub must take the corpus, got for {repo_id}: {one_line(error)}. Check the name, the connection, "
+                "and that you are logged in (`hf auth login`) and may write there; then push again."
+            ) from error
         return str(commit.commit_url)
+
+    def files(self) -> list[str]:
+        """Paths, relative to the folder, of what belongs to the corpus; other files in it are this machine's own."""
+        found = [CARD_FILE, MANIFEST_FILE]
+        found += [f"{DATASET_FOLDER}/{name}" for name in ("state.json", "dataset_info.json")]
+        found += [f"{unit['folder']}/{REPORT_FILE}" for unit in self.manifest["units"]]
+        found += [shard["path"] for shard in self.manifest["shards"]]
+        found += [f"{SPLITS_FOLDER}/{name}.npy" for name in self.splits]
+        for folder in (TOKENIZER_FOLDER, PICTURES_FOLDER):
+            names = sorted(path.name for path in (self.folder / folder).glob("*") if path.is_file())
+            found += [f"{folder}/{name}" for name in names if not name.startswith(".")]
+        return found
 
     def __str__(self) -> str:
         from .card import summary
@@ -288,7 +327,7 @@ def read_groups(corpus: Corpus) -> tuple[CellGroups, list[str]]:
         study = manifest["units"][shard["unit"]]["study"]
         cohort = cohort_of[study]
         columns = [schema.DONOR_ID, schema.CANCER_TYPE, schema.CONTENT_HASH, schema.CELL_ID]
-        table = _columns(corpus.folder / shard["path"], columns)
+        table = _columns(corpus._shard(shard), columns)
         parts["studies"].append(np.full(table.num_rows, place["studies"][study], dtype=np.int32))
         parts["cohorts"].append(np.full(table.num_rows, place["cohorts"][cohort], dtype=np.int32))
         donor_name = lambda donor, cohort=cohort: f"{cohort}/{UNKNOWN_DONOR if donor is None else donor}"  # noqa: E731

@@ -39,11 +39,13 @@ def draw(manifest: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     return [(name, text) for name, (_, text) in pictures.items()]
 
 
-def _bars(num_bars: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(10, 1.4 + 0.28 * num_bars), layout="constrained")
+def _bars(names: list[str]) -> tuple[Figure, Any]:
+    """A figure whose rows, from the top, have names."""
+    figure = Figure(figsize=(10, 1.4 + 0.28 * len(names)), layout="constrained")
     axis = figure.subplots()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(y=0.01)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
     return figure, axis
 
 
@@ -62,20 +64,19 @@ def _cells(manifest: dict[str, Any]) -> Figure:
     kinds = sorted((kind for kind in totals if totals[kind]), key=lambda kind: (-totals[kind], kind))[:MAX_BARS]
     studies = sorted(counts, key=lambda name: (-manifest["studies"][name]["cells"], name))
     palette = matplotlib.colormaps["tab20"]
-    figure, axis = _bars(len(kinds))
+    figure, axis = _bars(kinds)
     left = np.zeros(len(kinds))
     for index, name in enumerate(studies):
         widths = np.array([counts[name].get(kind, 0) for kind in kinds], dtype=float)
         if widths.any():
             label = name if index < MAX_COLORS else "other studies" if index == MAX_COLORS else None
             color = palette(index) if index < MAX_COLORS else palette(MAX_COLORS)
-            axis.barh(kinds, widths, left=left, color=color, label=label, edgecolor="white", linewidth=0.4)
+            axis.barh(range(len(kinds)), widths, left=left, color=color, label=label, edgecolor="white", linewidth=0.4)
         left += widths
-    axis.invert_yaxis()
     axis.set(xlabel="cells", title="Cells by cancer type and study")
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    for kind, total in zip(kinds, left, strict=True):
-        axis.text(total, kind, f" {total:,.0f}", va="center", fontsize=8)
+    for row, total in enumerate(left):
+        axis.text(total, row, f" {total:,.0f}", va="center", fontsize=8)
     figure.legend(loc="outside right center", fontsize=7, frameon=False)
     return figure
 
@@ -93,17 +94,16 @@ def _genes(manifest: dict[str, Any]) -> Figure:
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
     quantiles = {name: [_quantile(counted, share) for share in shares] for name, counted in histograms.items()}
     names = sorted(quantiles, key=lambda name: (-quantiles[name][2], name))[:MAX_BARS]
-    figure, axis = _bars(len(names))
-    for name in names:
+    figure, axis = _bars(names)
+    for row, name in enumerate(names):
         low, first, median, third, high = quantiles[name]
-        axis.plot([low, high], [name, name], color="tab:blue", linewidth=1)
-        axis.plot([first, third], [name, name], color="tab:blue", linewidth=5, solid_capstyle="butt")
-        axis.plot(median, name, "o", color="white", markeredgecolor="tab:blue", markersize=6)
+        axis.plot([low, high], [row, row], color="tab:blue", linewidth=1)
+        axis.plot([first, third], [row, row], color="tab:blue", linewidth=5, solid_capstyle="butt")
+        axis.plot(median, row, "o", color="white", markeredgecolor="tab:blue", markersize=6)
     axis.axvline(3072, color="gray", linestyle=":", linewidth=1)
     axis.text(
         3072, 1.0, " 3,072: what a model reads at once", transform=axis.get_xaxis_transform(), fontsize=7, va="top"
     )
-    axis.invert_yaxis()
     axis.set(xlabel="genes per cell", title="Genes per cell", xlim=(0, None))
     axis.xaxis.set_major_formatter("{x:,.0f}")
     return figure
@@ -119,19 +119,18 @@ def _dropped(manifest: dict[str, Any]) -> Figure:
     studies = manifest["studies"]
     share = {name: 1 - study["cells"] / study["cells_read"] for name, study in studies.items()}
     names = sorted(studies, key=lambda name: (-share[name], name))[:MAX_BARS]
-    figure, axis = _bars(len(names))
+    figure, axis = _bars(names)
     left = np.zeros(len(names))
     for index, reason in enumerate(VERDICTS[1:]):
         widths = np.array(
             [100 * studies[name]["dropped"].get(reason, 0) / studies[name]["cells_read"] for name in names]
         )
         if widths.any():
-            axis.barh(names, widths, left=left, label=reason, color=matplotlib.colormaps["Set2"](index))
+            axis.barh(range(len(names)), widths, left=left, label=reason, color=matplotlib.colormaps["Set2"](index))
         left += widths
-    for name, total in zip(names, left, strict=True):
+    for row, (name, total) in enumerate(zip(names, left, strict=True)):
         cells = studies[name]["cells_read"] - studies[name]["cells"]
-        axis.text(total, name, f" {cells:,}", va="center", fontsize=8)
-    axis.invert_yaxis()
+        axis.text(total, row, f" {cells:,}", va="center", fontsize=8)
     axis.set(
         xlabel="% of the cells read", title="Left out by quality control", xlim=(0, max(float(left.max()) * 1.08, 1))
     )

@@ -29,6 +29,8 @@ from .sources import Study, cell_fields, check_vocabulary, is_excluded, tokenize
 # What a unit holds; raised whenever the same input and settings give other bytes.
 UNIT_FORMAT = 1
 UNITS_FOLDER = "cells"
+# Where finished units wait until the corpus as a whole is written, so that `UNITS_FOLDER` has what the manifest names.
+FINISHED_FOLDER = ".finished"
 WORK_FOLDER = ".work"
 REPORT_FILE = "unit.json"
 PROGRESS_FILE = "progress"
@@ -94,9 +96,16 @@ class Unit:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def folder(self, sha256: str) -> Path:
-        """Where it lies when it is finished."""
+        """Where it lies in a finished corpus."""
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", self.path)[-80:].strip("-.")
         return Path(self.corpus, UNITS_FOLDER, self.study, f"{stem}-{self.key(sha256)[:12]}")
+
+    def report(self, sha256: str) -> dict[str, Any] | None:
+        """The report of the unit, if it is finished: in its place, or waiting."""
+        for folder in (self.folder(sha256), waiting_folder(self.folder(sha256), self.corpus)):
+            if (folder / REPORT_FILE).is_file():
+                return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        return None
 
 
 @functools.lru_cache(maxsize=2)
@@ -138,17 +147,16 @@ def _sha256(file: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def finished_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a finished unit; None where there is none."""
-    report = folder / REPORT_FILE
-    return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
+def waiting_folder(folder: Path, corpus: str | Path) -> Path:
+    """Where a unit, or a shard of it, waits until it is put into its place in the corpus."""
+    return Path(corpus, FINISHED_FOLDER, folder.relative_to(Path(corpus, UNITS_FOLDER)))
 
 
 def build_unit(unit: Unit) -> tuple[dict[str, Any], list[int], bool]:
     """Build a unit, unless it is there already.
 
-    The unit's folder appears when everything in it is written. Whatever goes wrong before, nothing of it is left; what
-    a killed process leaves lies in `WORK_FOLDER`, which the next build empties.
+    The unit's folder appears in `FINISHED_FOLDER` when everything in it is written. Whatever goes wrong before, nothing
+    of it is left; what a killed process leaves lies in `WORK_FOLDER`, which the next build empties.
 
     Returns
     -------
@@ -163,8 +171,7 @@ def build_unit(unit: Unit) -> tuple[dict[str, Any], list[int], bool]:
     """
     before = signature(unit.file)
     sha256 = unit.sha256 or checksum(unit.file)
-    folder = unit.folder(sha256)
-    if (report := finished_report(folder)) is not None:
+    if (report := unit.report(sha256)) is not None:
         check_vocabulary(report["counts"], unit.vocabularies, unit.name)
         return report, before, True
     work_root = Path(unit.corpus, WORK_FOLDER)
@@ -185,12 +192,13 @@ def build_unit(unit: Unit) -> tuple[dict[str, Any], list[int], bool]:
             raise ValueError(f"{unit.file} changed while it was read. Build again when it is written.")
         (work / PROGRESS_FILE).unlink(missing_ok=True)
         _write(work / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False).encode())
+        folder = waiting_folder(unit.folder(sha256), unit.corpus)
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             work.rename(folder)
         except OSError:
             # Another worker, taken for dead, was quicker.
-            if finished_report(folder) is None:
+            if unit.report(sha256) is None:
                 raise
         _sync(folder.parent)
     except OSError as error:
@@ -260,12 +268,16 @@ def _build(unit: Unit, work: Path, progress: Callable[[float], None]) -> dict[st
         }
 
 
-def _samples(fields: pd.DataFrame) -> np.ndarray:
+def _samples(fields: pd.DataFrame) -> pd.Categorical:
     """(cells,), where a cell was captured: its sample, else its donor, else the file."""
-    samples = fields[schema.SAMPLE_ID].to_numpy(object)
-    donors = fields[schema.DONOR_ID].to_numpy(object)
-    samples = np.where(pd.isna(samples), donors, samples)
-    return np.where(pd.isna(samples), "the file", samples).astype(str)
+    samples, donors = fields[schema.SAMPLE_ID].cat, fields[schema.DONOR_ID].cat
+    codes = samples.codes.to_numpy(np.int32, copy=True)
+    names = [*(f"sample {name}" for name in samples.categories), *(f"donor {name}" for name in donors.categories)]
+    names.append("the file")
+    is_missing = codes < 0
+    codes[is_missing] = donors.codes.to_numpy(np.int32)[is_missing] + len(samples.categories)
+    codes[is_missing & (donors.codes.to_numpy() < 0)] = len(names) - 1
+    return pd.Categorical.from_codes(codes, categories=names)
 
 
 def _medians(judged: CellQuality, lengths: np.ndarray) -> dict[str, float | None]:

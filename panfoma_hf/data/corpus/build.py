@@ -255,9 +255,13 @@ def _told(failures: list[tuple[Unit, BaseException]], num_finished: int, num_uni
             'A script that builds with several workers needs `if __name__ == "__main__":`.'
         )
     lines = "\n".join(f"  {unit.name}: {error}" for unit, error in failures)
+    if any(getattr(error, "errno", None) in _FATAL for _, error in failures):
+        remedy = f"Make room in {failures[0][0].corpus}"
+    else:
+        remedy = "Mend these, or take them out of the source list"
     return (
         f"Every file must be read and written, got {len(failures):,} of {num_units:,} that were not; {num_finished:,} "
-        f"are finished and kept. Mend these, or take them out of the source list, and build again:\n{lines}"
+        f"are finished and kept. {remedy}, and build again:\n{lines}"
     )
 
 
@@ -304,12 +308,10 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def _end_with_parent() -> None:
-    """Let a worker end when the build that started it was killed: its parent is then another."""
-    parent = os.getppid()
+    """Let a worker end when the build that started it was killed."""
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -204,7 +204,7 @@ def build_unit(unit: Unit) -> tuple[dict[str, Any], list[int], bool]:
     except OSError as error:
         if error.errno is None:  # one of ours, which says what to do
             raise
-        raise OSError(error.errno, f"{error.strerror}, while {unit.name} was read and written") from error
+        raise OSError(error.errno, f"{error.strerror}, in {error.filename or unit.corpus}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report, before, False

@@ -35,7 +35,14 @@ from .corpus import (
     CorpusError,
     read_groups,
 )
-from .sources import SourceList, check_labels_occur, check_vocabulary, resolved_settings, tokenizer_fingerprint
+from .sources import (
+    SourceList,
+    check_exclusions_occur,
+    check_labels_occur,
+    check_vocabulary,
+    resolved_settings,
+    tokenizer_fingerprint,
+)
 from .splits import SplitError, make_split
 from .units import (
     FINISHED_FOLDER,
@@ -433,11 +440,17 @@ def _finish(
         },
         "donors": _donors(sources, reports),
         "units": [
-            {**_without(report, "shards", "wordings", "format"), "folder": folder.relative_to(out.resolve()).as_posix()}
+            {
+                **_without(report, "shards", "wordings", "exclusions", "format"),
+                "folder": folder.relative_to(out.resolve()).as_posix(),
+            }
             for folder, report in zip(folders, reports, strict=True)
         ],
         "shards": shards,
-        "notes": check_labels_occur(sources, _wordings(reports)),
+        "notes": [
+            *check_labels_occur(sources, _seen(reports, "wordings")),
+            *check_exclusions_occur(sources, _seen(reports, "exclusions")),
+        ],
     }
     corpus = Corpus(out, manifest)
     cells, overlaps = read_groups(corpus)
@@ -545,11 +558,12 @@ def _totals(sources: SourceList, reports: list[dict[str, Any]]) -> dict[str, int
     }
 
 
-def _wordings(reports: list[dict[str, Any]]) -> dict[str, dict[str, set[str]]]:
+def _seen(reports: list[dict[str, Any]], what: str) -> dict[str, dict[str, set[str]]]:
+    """By study and field or column, the words that occur in any of its files."""
     seen: dict[str, dict[str, set[str]]] = {}
     for report in reports:
         fields = seen.setdefault(report["study"], {})
-        for field, words in report["wordings"].items():
+        for field, words in report[what].items():
             fields.setdefault(field, set()).update(words)
     return seen
 

@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from ...tokenization import PanFoMaTokenizer
 from .. import schema
@@ -19,16 +20,23 @@ from ..quality import Quality
 
 # What is written for nothing, whatever the column; other wordings are mapped to null in the list.
 _MISSING = ("", "nan", "NaN", "None", "<NA>")
-_TRUTHS = {"True": True, "true": True, "False": False, "false": False}
+_TRUTHS = {"True": True, "False": False}
+
+
+def _text(value: Any) -> str:
+    """A value of YAML or of a column as text, by which they are compared: 1.0 is 1, TRUE is True."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    text = str(value).strip()
+    return text.capitalize() if text.lower() in ("true", "false") else text
 
 
 def _text_keys(table: Any) -> Any:
-    """YAML reads 1 and yes as number and truth; columns are compared as text."""
-    return {str(key): value for key, value in table.items()} if isinstance(table, dict) else table
+    return {_text(key): value for key, value in table.items()} if isinstance(table, dict) else table
 
 
 def _texts(values: Any) -> Any:
-    return [str(value) for value in values] if isinstance(values, list) else values
+    return [None if value is None else _text(value) for value in values] if isinstance(values, list) else values
 
 
 def _known_fields(table: Any) -> Any:
@@ -46,7 +54,7 @@ def _similar(word: str, words) -> str:
 
 
 Columns = Annotated[dict[str, str], BeforeValidator(_known_fields)]
-Words = Annotated[dict[str, str | bool | None], BeforeValidator(_text_keys)]
+Words = Annotated[dict[str, str | StrictBool | None], BeforeValidator(_text_keys)]
 Texts = Annotated[list[str], BeforeValidator(_texts)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 
@@ -78,12 +86,14 @@ class Study(_Strict):
     min_coverage: Annotated[float, Field(ge=0, le=1)] = MIN_COVERAGE
     columns: Columns = {}
     """Fields of a cell and the columns of ``obs`` that hold them."""
-    values: Annotated[dict[str, str | bool], BeforeValidator(_known_fields)] = {}
+    values: Annotated[dict[str, str | StrictBool], BeforeValidator(_known_fields)] = {}
     """Fields that are the same for all cells of the study."""
     labels: Annotated[dict[str, Words], BeforeValidator(_known_fields)] = {}
     """By field, the study's wording and the benchmark's; null where the wording says nothing."""
-    exclude: Annotated[dict[str, Texts], BeforeValidator(_text_keys)] = {}
-    """Columns of ``obs``, and the values in them of cells to leave out."""
+    exclude: Annotated[
+        dict[str, Annotated[list[str | None], BeforeValidator(_texts)]], BeforeValidator(_text_keys)
+    ] = {}
+    """Columns of ``obs``, and the values in them of cells to leave out; null leaves out cells without one."""
     quality: dict[str, Any] = {}
     """Thresholds that differ from the list's."""
 
@@ -95,8 +105,10 @@ class Study(_Strict):
         for field in self.labels:
             if field not in self.columns:
                 raise ValueError(f"`labels` of {field} need a column in `columns`, got none; name it or leave them out")
-        for field, value in self.values.items():
-            if (field == schema.IS_MALIGNANT) != isinstance(value, bool):
+        words = [(field, value) for field, value in self.values.items()]
+        words += [(field, value) for field, labels in self.labels.items() for value in labels.values()]
+        for field, value in words:
+            if value is not None and (field == schema.IS_MALIGNANT) != isinstance(value, bool):
                 raise ValueError(
                     f"{schema.IS_MALIGNANT} is true or false and other fields are text, got {field}: {value!r}"
                 )
@@ -176,7 +188,7 @@ class SourceList(_Strict):
             raise FileNotFoundError(f"A source list is a YAML file, got nothing at {path}. Check the path.")
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, TypeError) as error:  # of dates that are none, and of text that is no UTF-8
             raise ValueError(
                 f"A source list must be YAML, got {' '.join(str(error).split())} in {path}. Mend it."
             ) from None
@@ -224,7 +236,7 @@ class SourceList(_Strict):
                 if not paths or not Path(root, paths[0]).exists():
                     missing.append(f"{pattern} of {study}")
                 for path in paths:
-                    path = Path(path).as_posix()
+                    path = Path(os.path.normpath(path)).as_posix()
                     if path in found:
                         raise ValueError(
                             f"A file belongs to one study, once, got {path} in {found[path]} and in {study}. Keep one."
@@ -245,16 +257,28 @@ class SourceList(_Strict):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, not the last one's."""
+    """YAML in which a key that stands twice is an error, not the last one's, and yes, no, on and off are words."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if key_node.tag != "tag:yaml.org,2002:merge" and key in seen:
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def _explained(error: ValidationError) -> str:
@@ -336,8 +360,15 @@ def is_excluded(obs: pd.DataFrame, study: Study, source: str) -> np.ndarray:
     excluded = np.zeros(len(obs), dtype=bool)
     for column, values in study.exclude.items():
         words = _words(_column(obs, column, "exclude", source))
-        excluded |= np.isin(words.codes, np.flatnonzero(np.isin(words.categories.to_numpy(str), values)))
+        codes = [place for place, word in enumerate(words.categories) if word in values]
+        excluded |= np.isin(words.codes, [*codes, -1] if None in values else codes)
     return excluded
+
+
+def exclusions_seen(obs: pd.DataFrame, study: Study, source: str) -> dict[str, list[str]]:
+    """By column, those of the values to leave out that occur in a file."""
+    found = {column: set(_words(_column(obs, column, "exclude", source)).categories) for column in study.exclude}
+    return {column: [word for word in study.exclude[column] if word in found[column]] for column in found}
 
 
 def _column(obs: pd.DataFrame, column: str, setting: str, source: str) -> pd.Series:
@@ -357,12 +388,6 @@ def _words(column: pd.Series) -> pd.Categorical:
         values,
         {value: None if text in _MISSING else text for value, text in zip(values.categories, texts, strict=True)},
     )
-
-
-def _text(value) -> str:
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value).strip()
 
 
 def _renamed(words: pd.Categorical, names: dict) -> pd.Categorical:
@@ -394,6 +419,25 @@ def check_vocabulary(counts: dict[str, dict[str, int]], vocabularies: dict[str, 
                 f"{_similar(others[0], allowed)} in {source}. Map these words with `labels`, or add them to "
                 f"`vocabularies`."
             )
+
+
+def check_exclusions_occur(sources: SourceList, seen: dict[str, dict[str, set[str]]]) -> list[str]:
+    """Values to leave out that no file of their study has, a line each: a typo leaves such cells in.
+
+    Parameters
+    ----------
+    sources
+        The list.
+    seen
+        By study and column, those that occurred.
+    """
+    return [
+        f"{study}: `exclude` names {word!r} of {column}, which no cell has"
+        for study, settings in sources.studies.items()
+        for column, words in settings.exclude.items()
+        for word in words
+        if word is not None and study in seen and word not in seen[study].get(column, ())
+    ]
 
 
 def check_labels_occur(sources: SourceList, seen: dict[str, dict[str, set[str]]]) -> list[str]:

@@ -215,14 +215,14 @@ def make_split(cells: CellGroups, settings: SplitSettings, name: str = "", descr
         groups = {}
     else:
         parts, groups = _BY[settings.by](cells, settings, generator)
+    if settings.duplicates == "leave_out":
+        _leave_out_duplicates(parts, cells)
     cells_in = np.bincount(parts, minlength=len(PARTS))
     if not (cells_in[TRAIN] and cells_in[TEST]):
         raise SplitError(
             f"A split needs cells to train and to test on, got {cells_in[TRAIN]:,} and {cells_in[TEST]:,} of "
             f"{len(cells):,} by {settings.by}. Hold out less or more, or add donors, studies or cancer types."
         )
-    if settings.duplicates == "leave_out":
-        _leave_out_duplicates(parts, cells)
     leaks = find_leaks(parts, cells)
     leaks.require_none(settings, name or settings.by, describe)
     return Split(settings, parts, groups, leaks)
@@ -307,7 +307,7 @@ def _assigned(sizes: np.ndarray, settings: SplitSettings, generator, held_out: n
     """(groups,), the part of each: shares of the cells come as near to those asked for as whole groups allow.
 
     Groups are drawn in random order. Test takes those that fit into what it still lacks, then validation, and train
-    the rest; where none fits, one of two groups goes to test and one of three to validation, the smallest.
+    the rest; where none fits, one of two groups goes to test and one of three to validation, among the smallest.
     """
     order = generator.permutation(len(sizes))
     part_of = np.full(len(sizes), TRAIN, dtype=np.uint8)
@@ -325,8 +325,8 @@ def _assigned(sizes: np.ndarray, settings: SplitSettings, generator, held_out: n
                 part_of[group], is_free[group] = part, False
                 lacking -= sizes[group]
         if lacking == wanted and len(sizes) >= min_groups and is_free.sum() > 1:
-            smallest = free[np.argmin(sizes[free])]
-            part_of[smallest], is_free[smallest] = part, False
+            small = free[sizes[free] <= 2 * sizes[free].min()][0]
+            part_of[small], is_free[small] = part, False
     return part_of
 
 

@@ -23,7 +23,7 @@ from .. import schema
 from ..cells import read_expression
 from ..quality import CellQuality, Quality, cells_per_token, judge_cells
 from ..readers import input_files, open_cells
-from .sources import Study, cell_fields, check_vocabulary, is_excluded, tokenizer_fingerprint
+from .sources import Study, cell_fields, check_vocabulary, exclusions_seen, is_excluded, tokenizer_fingerprint
 
 
 # What a unit holds; raised whenever the same input and settings give other bytes.
@@ -262,7 +262,8 @@ def _build(unit: Unit, work: Path, progress: Callable[[float], None]) -> dict[st
             "genes_per_cell": np.bincount(lengths // HISTOGRAM_STEP).tolist(),
             "medians": _medians(judged, lengths),
             "counts": _counts(kept),
-            "wordings": seen,
+            "wordings": {field: words for field, words in seen.items() if study.labels.get(field)},
+            "exclusions": exclusions_seen(cells.obs, study, unit.file),
             "notes": [*cells.notes, *judged.notes],
             "shards": shards,
         }

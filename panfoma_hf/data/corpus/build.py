@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
@@ -27,7 +28,6 @@ from .. import schema
 from .card import write_card
 from .corpus import (
     CORPUS_FORMAT,
-    DATASET_FOLDER,
     MANIFEST_FILE,
     SPLITS_FOLDER,
     TOKENIZER_FOLDER,
@@ -54,6 +54,7 @@ from .units import (
     signature,
     waiting_folder,
     write_whole,
+    written_together,
 )
 
 
@@ -145,6 +146,13 @@ def build_corpus(
             ]
             reports = _run(units, workers, scheduler, inputs, progress)
             return _finish(sources, out, units, reports, tokenizer_folder, tokenizer)
+        except OSError as error:
+            if error.errno not in _FATAL:
+                raise
+            raise CorpusError(
+                f"A corpus needs a place to write to, got {error} in {out}. What was finished is kept: make room, and "
+                "build again."
+            ) from error
         finally:
             shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
 
@@ -175,8 +183,9 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _saved_tokenizer(tokenizer: PanFoMaTokenizer, out: Path) -> Path:
-    """The folder, below the corpus, that workers load the tokenizer from."""
-    folder = out / WORK_FOLDER / TOKENIZER_FOLDER
+    """The folder, below the corpus, that workers load the tokenizer from, and by whose name they know it again."""
+    facts = json.dumps(tokenizer_fingerprint(tokenizer), sort_keys=True).encode()
+    folder = out / WORK_FOLDER / f"{TOKENIZER_FOLDER}-{hashlib.sha256(facts).hexdigest()}"
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
     return folder
@@ -188,18 +197,22 @@ class _Inputs:
     def __init__(self, path: Path):
         self._path = path
         try:
-            self._known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # it only saves time
+            self._known = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # it only saves time
             self._known = {}
 
     def checksum(self, file: Path) -> str | None:
-        size_and_time, sha256 = self._known.get(str(file), (None, None))
+        try:
+            size_and_time, sha256 = self._known[str(file)]
+        except (KeyError, ValueError, TypeError):
+            return None
         return sha256 if size_and_time == signature(file) else None
 
     def add(self, file: str, size_and_time: list[int], sha256: str) -> None:
         if self._known.get(file) != [size_and_time, sha256]:
             self._known[file] = [size_and_time, sha256]
-            write_whole(self._path, json.dumps(self._known, indent=0, sort_keys=True).encode())
+            with contextlib.suppress(OSError):  # a full disk shows where it matters
+                write_whole(self._path, json.dumps(self._known, indent=0, sort_keys=True).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,13 +231,17 @@ def _run(
         If units failed; the others were finished first, unless there is no place to write to.
     """
     reports: dict[int, dict[str, Any]] = {}
+    failures: dict[int, BaseException] = {}
     for number, unit in enumerate(units):
         if unit.sha256 and (report := unit.report(unit.sha256)):
-            check_vocabulary(report["counts"], unit.vocabularies, unit.name)
-            reports[number] = report
-    sizes = {number: signature(unit.file)[0] for number, unit in enumerate(units) if number not in reports}
+            try:
+                check_vocabulary(report["counts"], unit.vocabularies, unit.name)
+                reports[number] = report
+            except ValueError as error:
+                failures[number] = error
+    known = {*reports, *failures}
+    sizes = {number: signature(unit.file)[0] for number, unit in enumerate(units) if number not in known}
     display = _Display(len(units), len(reports), sizes, units, progress)
-    failures: list[tuple[Unit, BaseException]] = []
     # The largest first, so that no worker starts on it when the others are done.
     todo = sorted(sizes, key=lambda number: (-sizes[number], number))
     with _executor(min(workers, max(len(todo), 1)), scheduler) as executor, display:
@@ -237,7 +254,7 @@ def _run(
                 try:
                     report, size_and_time, _ = future.result()
                 except (Exception, BrokenProcessPool) as error:
-                    failures.append((units[number], error))
+                    failures[number] = error
                     display.failed(number, error)
                     if isinstance(error, BrokenProcessPool) or getattr(error, "errno", None) in _FATAL:
                         for other in waiting:
@@ -249,7 +266,8 @@ def _run(
                     display.finished(number, report)
             display.show({number for future, number in futures.items() if future in waiting and future.running()})
     if failures:
-        raise CorpusError(_told(failures, len(reports), len(units)))
+        failed = [(units[number], failures[number]) for number in sorted(failures)]
+        raise CorpusError(_told(failed, len(reports), len(units)))
     return [reports[number] for number in range(len(units))]
 
 
@@ -284,7 +302,7 @@ def _executor(workers: int, scheduler: str | None) -> Iterator[Executor]:
             ) from None
         try:
             client = Client(scheduler, timeout="20s")
-        except (OSError, TimeoutError, ValueError) as error:
+        except Exception as error:  # Dask raises what its parts do, by the kind of address
             raise CorpusError(
                 f"`scheduler` is the address of a running Dask scheduler, got {scheduler!r}: {error}. Start one with "
                 "`dask scheduler`."
@@ -460,10 +478,6 @@ def _finish(
     for note in manifest["notes"]:
         logger.warning(note)
 
-    _put_in_place(folders, out.resolve())
-    (out / SPLITS_FOLDER).mkdir(exist_ok=True)
-    for name, split in splits.items():
-        _write_split(out, name, split.parts)
     manifest["splits"] = {
         name: {
             "settings": split.settings.model_dump(),
@@ -474,9 +488,12 @@ def _finish(
         }
         for name, split in splits.items()
     }
-    _write_dataset_files(corpus)
-    _replace_folder(tokenizer_folder, out / TOKENIZER_FOLDER)
-    write_whole(out / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    files = {out / SPLITS_FOLDER / f"{name}.npy": _array_file(split.parts) for name, split in splits.items()}
+    files |= {out / path: _json(content) for path, content in corpus.dataset_files().items()}
+    files[out / MANIFEST_FILE] = _json(manifest)
+    with written_together(files):  # from here on no room is needed
+        _put_in_place(folders, out.resolve())
+        _replace_folder(tokenizer_folder, out / TOKENIZER_FOLDER)
     write_card(corpus)
     _remove_others(out, folders, set(splits))
     return corpus
@@ -591,39 +608,14 @@ def _put_in_place(folders: list[Path], out: Path) -> None:
             waiting.rename(folder)
 
 
-def _write_split(out: Path, name: str, parts: np.ndarray) -> None:
-    scratch = out / SPLITS_FOLDER / f".{name}.npy"
-    np.save(scratch, parts)
-    scratch.replace(out / SPLITS_FOLDER / f"{name}.npy")
+def _array_file(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
-def _write_dataset_files(corpus: Corpus) -> None:
-    """Write what `datasets.load_from_disk` looks for."""
-    folder = corpus.folder / DATASET_FOLDER
-    features = schema.corpus_features(corpus.manifest["tokenizer"]["vocab_size"])
-    files = [
-        {"filename": Path(shard["path"]).relative_to(DATASET_FOLDER).as_posix()} for shard in corpus.manifest["shards"]
-    ]
-    sums = "".join(shard["sha256"] for shard in corpus.manifest["shards"])
-    state = {
-        "_data_files": files,
-        "_fingerprint": hashlib.sha256(sums.encode()).hexdigest()[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": "train",
-    }
-    info = {
-        "dataset_name": corpus.manifest["name"],
-        "description": corpus.manifest["description"],
-        "citation": "",
-        "homepage": "",
-        "license": corpus.manifest["licence"],
-        "features": features.to_dict(),
-    }
-    for name, content in (("dataset_info.json", info), ("state.json", state)):
-        write_whole(folder / name, json.dumps(content, indent=1, ensure_ascii=False).encode())
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
 def _replace_folder(new: Path, folder: Path) -> None:

@@ -277,10 +277,33 @@ class Corpus:
             ) from error
         return str(commit.commit_url)
 
+    def dataset_files(self) -> dict[str, dict[str, Any]]:
+        """What `datasets.load_from_disk` looks for: paths and content."""
+        shards = self.manifest["shards"]
+        sums = "".join(shard["sha256"] for shard in shards)
+        state = {
+            "_data_files": [{"filename": shard["path"].removeprefix(f"{DATASET_FOLDER}/")} for shard in shards],
+            "_fingerprint": hashlib.sha256(sums.encode()).hexdigest()[:16],
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": "train",
+        }
+        info = {
+            "dataset_name": self.manifest["name"],
+            "description": self.manifest["description"],
+            "citation": "",
+            "homepage": "",
+            "license": self.manifest["licence"],
+            "features": schema.corpus_features(self.manifest["tokenizer"]["vocab_size"]).to_dict(),
+        }
+        return {f"{DATASET_FOLDER}/dataset_info.json": info, f"{DATASET_FOLDER}/state.json": state}
+
     def files(self) -> list[str]:
         """Paths, relative to the folder, of what belongs to the corpus; other files in it are this machine's own."""
         found = [CARD_FILE, MANIFEST_FILE]
-        found += [f"{DATASET_FOLDER}/{name}" for name in ("state.json", "dataset_info.json")]
+        found += list(self.dataset_files())
         found += [f"{unit['folder']}/{REPORT_FILE}" for unit in self.manifest["units"]]
         found += [shard["path"] for shard in self.manifest["shards"]]
         found += [f"{SPLITS_FOLDER}/{name}.npy" for name in self.splits]

@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class Unit:
 
     def folder(self, sha256: str) -> Path:
         """Where it lies in a finished corpus."""
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", self.path)[-80:].strip("-.")
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", self.path)[-80:].strip("-._")  # `datasets` passes over _
         return Path(self.corpus, UNITS_FOLDER, self.study, f"{stem}-{self.key(sha256)[:12]}")
 
     def report(self, sha256: str) -> dict[str, Any] | None:
@@ -264,7 +265,7 @@ def _build(unit: Unit, work: Path, progress: Callable[[float], None]) -> dict[st
             "counts": _counts(kept),
             "wordings": {field: words for field, words in seen.items() if study.labels.get(field)},
             "exclusions": exclusions_seen(cells.obs, study, unit.file),
-            "notes": [*cells.notes, *judged.notes],
+            "notes": [note.replace(unit.file, unit.path) for note in (*cells.notes, *judged.notes)],
             "shards": shards,
         }
 
@@ -295,10 +296,11 @@ def _medians(judged: CellQuality, lengths: np.ndarray) -> dict[str, float | None
 
 def _counts(fields: pd.DataFrame) -> dict[str, dict[str, int]]:
     """By field, how many cells have each word, the most frequent first; cells without one are not counted."""
-    return {
-        field: {str(word): int(count) for word, count in fields[field].value_counts().items() if count}
-        for field in schema.CELL_FIELDS
-    }
+    counts = {}
+    for field in schema.CELL_FIELDS:
+        words = {str(word): int(count) for word, count in fields[field].value_counts().items() if count}
+        counts[field] = dict(sorted(words.items(), key=lambda item: (-item[1], item[0])))
+    return counts
 
 
 def content_hashes(tokens: CellTokens) -> np.ndarray:
@@ -418,12 +420,27 @@ def _write(path: Path, content: bytes) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is there whole or as it was before."""
-    scratch = path.with_name(f".{path.name}.new")
+    with written_together({path: content}):
+        pass
+
+
+@contextmanager
+def written_together(files: dict[Path, bytes]) -> Iterator[None]:
+    """Write files beside their places, let the caller do what belongs to them, then put them there, in their order.
+
+    What can fail for want of room fails before anything has changed.
+    """
+    scratch = {path: path.with_name(f".{path.name}.new") for path in files}
     try:
-        _write(scratch, content)
-        scratch.replace(path)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(scratch[path], content)
+        yield
+        for path in files:
+            scratch[path].replace(path)
     finally:
-        scratch.unlink(missing_ok=True)
+        for path in scratch.values():
+            path.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:

@@ -43,7 +43,9 @@ class Quality(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    min_genes: int = Field(200, ge=0, description="Cells that express fewer genes are left out; 0 keeps all.")
+    min_genes: int = Field(
+        200, ge=0, description="Cells that express fewer genes are left out; those that express none always are."
+    )
     max_mitochondrial: float | None = Field(
         0.2, ge=0, le=1, description="Cells with a larger share of mitochondrial counts are left out; null keeps all."
     )
@@ -60,7 +62,10 @@ class Quality(BaseModel):
         50, ge=2, description="Samples with fewer cells are judged neither by deviations nor for doublets."
     )
     min_cells_per_gene: int = Field(
-        3, ge=0, description="Genes expressed in fewer of a file's kept cells are left out of its cells' tokens."
+        3,
+        ge=0,
+        description="Genes expressed in fewer of a file's kept cells are left out of its cells' tokens, if it has at "
+        "least twice as many.",
     )
     doublets: Literal["none", "scrublet"] = Field(
         "none", description="scrublet: also leave out what Scrublet calls doublets, in each sample; needs counts."
@@ -134,16 +139,16 @@ def judge_cells(
     judged = _measured(expression)
     verdicts = judged.verdicts
 
-    def leave_out(reason: str, is_out: np.ndarray) -> None:
-        verdicts[(verdicts == 0) & is_out] = VERDICTS.index(reason)
+    def leave_out(reason: str, cells: np.ndarray) -> None:
+        verdicts[cells[verdicts[cells] == 0]] = VERDICTS.index(reason)
 
     if is_excluded is not None:
-        leave_out(EXCLUDED, is_excluded)
-    leave_out(FEW_GENES, judged.genes < quality.min_genes)
+        leave_out(EXCLUDED, np.flatnonzero(is_excluded))
+    leave_out(FEW_GENES, np.flatnonzero(judged.genes < max(quality.min_genes, 1)))
     if quality.max_mitochondrial is not None:
         if np.isnan(judged.mitochondrial).all():
             judged.notes.append("the file has no mitochondrial genes: their share was not judged")
-        leave_out(MITOCHONDRIAL, judged.mitochondrial > quality.max_mitochondrial)
+        leave_out(MITOCHONDRIAL, np.flatnonzero(judged.mitochondrial > quality.max_mitochondrial))
     samples = pd.Categorical(samples)
     _leave_out_outliers(judged, quality, samples, expression.scale, leave_out)
     if quality.doublets == "scrublet":
@@ -195,9 +200,7 @@ def _leave_out_outliers(judged, quality, samples, scale: ValueScale, leave_out) 
             limit = upper_limit(values[cells], mads)
             if limit is not None:
                 judged.limits.setdefault(sample, {})[reason] = round(limit, 1)
-                is_out = np.zeros(len(samples), dtype=bool)
-                is_out[cells] = values[cells] > limit
-                leave_out(reason, is_out)
+                leave_out(reason, cells[values[cells] > limit])
     if too_small and measures:
         judged.notes.append(
             f"{too_small:,} samples have fewer than {quality.min_sample_cells} cells: their deviations were not judged"
@@ -237,9 +240,7 @@ def _leave_out_doublets(judged, quality, samples, expression: Expression, leave_
         except _NoVerdict as error:
             judged.notes.append(f"Scrublet did not judge {sample}, of which no cell was left out for it: {error}")
             continue
-        is_doublet = np.zeros(len(samples), dtype=bool)
-        is_doublet[cells] = called
-        leave_out(DOUBLET, is_doublet)
+        leave_out(DOUBLET, cells[called])
 
 
 class _NoVerdict(Exception):
@@ -273,6 +274,27 @@ def _scrublet(counts: sp.csr_matrix, expected_rate: float) -> np.ndarray:
     if "predicted_doublet" not in cells.obs:
         raise _NoVerdict("its scores have no threshold between singlets and doublets")
     return cells.obs["predicted_doublet"].to_numpy(bool)
+
+
+def rare_genes(expressed_in: np.ndarray, num_cells: int, quality: Quality, notes: list[str]) -> np.ndarray:
+    """(vocabulary,), which genes to leave out; a note is added where there are too few cells to tell.
+
+    Parameters
+    ----------
+    expressed_in
+        (vocabulary,), what `cells_per_token` gives.
+    num_cells
+        Cells kept.
+    quality
+        The thresholds.
+    notes
+        Of the file.
+    """
+    is_rare = (expressed_in > 0) & (expressed_in < quality.min_cells_per_gene)
+    if is_rare.any() and num_cells < 2 * quality.min_cells_per_gene:
+        notes.append(f"{num_cells:,} cells are too few to tell rare genes by: none was left out")
+        return np.zeros_like(is_rare)
+    return is_rare
 
 
 def cells_per_token(expression: Expression, is_kept: np.ndarray, num_tokens: int) -> np.ndarray:

@@ -47,7 +47,8 @@ def corpus_features(num_tokens: int) -> Features:
     """Arrow types of a corpus, one row a cell.
 
     Gene ids take two bytes where the vocabulary, of ``num_tokens``, allows it. ``content_hash`` is equal where gene ids
-    and bins are. Fields of `CELL_FIELDS` are text, ``is_malignant`` is a truth; null where nothing is known.
+    and bins were, before rare genes were left out. Fields of `CELL_FIELDS` are text, ``is_malignant`` is a truth; null
+    where nothing is known.
     """
     text = Value("string")
     return Features(

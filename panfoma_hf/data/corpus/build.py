@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import hashlib
 import importlib.metadata
 import io
@@ -25,6 +26,7 @@ from transformers.utils import logging
 
 from ...tokenization import PanFoMaTokenizer
 from .. import schema
+from ..cell_file import one_line
 from .card import write_card
 from .corpus import (
     CORPUS_FORMAT,
@@ -43,9 +45,10 @@ from .sources import (
     resolved_settings,
     tokenizer_fingerprint,
 )
-from .splits import SplitError, make_split
+from .splits import NORMAL, SplitError, make_split
 from .units import (
     FINISHED_FOLDER,
+    REPORT_FILE,
     UNITS_FOLDER,
     WORK_FOLDER,
     Unit,
@@ -63,10 +66,11 @@ logger = logging.get_logger(__name__)
 LOCK_FILE = ".lock"
 # Checksums of inputs by path, size and time of change, so that a terabyte is not read again to find it unchanged.
 INPUTS_FILE = ".inputs.json"
+# What a first build that was cut off leaves.
+_UNFINISHED = (LOCK_FILE, INPUTS_FILE, WORK_FOLDER, FINISHED_FOLDER, UNITS_FOLDER, SPLITS_FOLDER, TOKENIZER_FOLDER)
 # Errors of the place that is written to: the next file would meet them too.
 _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _POLL_SECONDS = 0.5
-_RETRIES = 2
 
 
 def build_corpus(
@@ -121,7 +125,7 @@ def build_corpus(
         sources = SourceList.load(sources)
     root = Path("." if root is None else root)
     files = sources.files(root)
-    out = Path(out)
+    out = Path(out).absolute()
     _check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
@@ -134,13 +138,13 @@ def build_corpus(
                 Unit(
                     study=study,
                     path=path,
-                    file=str(Path(root, path).resolve()),
+                    file=str(Path(root, path).absolute()),  # of a link, the name tells the format
                     settings=resolved_settings(sources, study),
                     vocabularies=sources.vocabularies,
-                    corpus=str(out.resolve()),
-                    tokenizer=str(tokenizer_folder.resolve()),
+                    corpus=str(out),
+                    tokenizer=str(tokenizer_folder),
                     work=f"{number:06d}",
-                    sha256=inputs.checksum(Path(root, path).resolve()),
+                    **inputs.known(Path(root, path).absolute()),
                 )
                 for number, (study, path) in enumerate(files)
             ]
@@ -158,9 +162,14 @@ def build_corpus(
 
 
 def _check_folder(out: Path) -> None:
-    if not out.exists() or (out / MANIFEST_FILE).is_file() or (out / LOCK_FILE).exists():
+    if not out.exists():
         return
-    if not out.is_dir() or any(out.iterdir()):
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    is_ours = out.is_dir() and names <= {*_UNFINISHED} and (not names or LOCK_FILE in names)
+    if not is_ours and out.is_dir() and (out / MANIFEST_FILE).is_file():
+        with contextlib.suppress(CorpusError):
+            is_ours = "shards" in Corpus.open(out).manifest
+    if not is_ours:
         raise FileExistsError(
             f"A corpus is built in a new or empty folder, or brought up to date in its own, got {out} with something "
             "else. Choose another folder."
@@ -201,16 +210,17 @@ class _Inputs:
         except (OSError, ValueError, TypeError):  # it only saves time
             self._known = {}
 
-    def checksum(self, file: Path) -> str | None:
+    def known(self, file: Path) -> dict[str, Any]:
+        """Signature and checksum of a file, if it is as it was; else nothing."""
         try:
-            size_and_time, sha256 = self._known[str(file)]
+            found, sha256 = self._known[str(file)]
         except (KeyError, ValueError, TypeError):
-            return None
-        return sha256 if size_and_time == signature(file) else None
+            return {}
+        return {"signature": found, "sha256": sha256} if found == signature(file) else {}
 
-    def add(self, file: str, size_and_time: list[int], sha256: str) -> None:
-        if self._known.get(file) != [size_and_time, sha256]:
-            self._known[file] = [size_and_time, sha256]
+    def add(self, file: str, found: list, sha256: str) -> None:
+        if self._known.get(file) != [found, sha256]:
+            self._known[file] = [found, sha256]
             with contextlib.suppress(OSError):  # a full disk shows where it matters
                 write_whole(self._path, json.dumps(self._known, indent=0, sort_keys=True).encode())
 
@@ -252,8 +262,8 @@ def _run(
             for future in done:
                 number = futures[future]
                 try:
-                    report, size_and_time, _ = future.result()
-                except (Exception, BrokenProcessPool) as error:
+                    report, found = future.result()
+                except Exception as error:
                     failures[number] = error
                     display.failed(number, error)
                     if isinstance(error, BrokenProcessPool) or getattr(error, "errno", None) in _FATAL:
@@ -262,7 +272,7 @@ def _run(
                         waiting = {other for other in waiting if not other.cancelled()}
                 else:
                     reports[number] = report
-                    inputs.add(units[number].file, size_and_time, report["sha256"])
+                    inputs.add(units[number].file, found, report["sha256"])
                     display.finished(number, report)
             display.show({number for future, number in futures.items() if future in waiting and future.running()})
     if failures:
@@ -300,20 +310,29 @@ def _executor(workers: int, scheduler: str | None) -> Iterator[Executor]:
             raise ValueError(
                 "`scheduler` needs Dask, got none. Install it, also on the workers: `pip install 'panfoma-hf[dask]'`."
             ) from None
+        problem = None
         try:
             client = Client(scheduler, timeout="20s")
         except Exception as error:  # Dask raises what its parts do, by the kind of address
+            problem = one_line(error) or type(error).__name__
+        if problem is not None:
+            # Closes the client that failed. Later, within the start of another, Dask would wait for itself.
+            gc.collect()
             raise CorpusError(
-                f"`scheduler` is the address of a running Dask scheduler, got {scheduler!r}: {error}. Start one with "
+                f"`scheduler` is the address of a running Dask scheduler, got {scheduler!r}: {problem}. Start one with "
                 "`dask scheduler`."
-            ) from None
-        with client, client.get_executor(pure=False, retries=_RETRIES) as executor:
-            yield executor
-    elif workers == 1:
-        with ThreadPoolExecutor(1) as executor:
-            yield executor
+            )
+        with client:
+            executor = client.get_executor(pure=False)
+            try:
+                yield executor
+            finally:
+                executor.shutdown(wait=False)  # which cancels what is not done
     else:
-        executor = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_end_with_parent)
+        if workers == 1:
+            executor = ThreadPoolExecutor(1)
+        else:
+            executor = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_end_with_parent)
         try:
             yield executor
         finally:
@@ -424,7 +443,7 @@ def _finish(
     folders, reports = [folders[number] for number in order], [reports[number] for number in order]
     shards = [
         {
-            "path": (folder / shard["name"]).relative_to(out.resolve()).as_posix(),
+            "path": (folder / shard["name"]).relative_to(out).as_posix(),
             **_without(shard, "name"),
             "unit": index,
         }
@@ -460,7 +479,7 @@ def _finish(
         "units": [
             {
                 **_without(report, "shards", "wordings", "exclusions", "format"),
-                "folder": folder.relative_to(out.resolve()).as_posix(),
+                "folder": folder.relative_to(out).as_posix(),
             }
             for folder, report in zip(folders, reports, strict=True)
         ],
@@ -492,10 +511,10 @@ def _finish(
     files |= {out / path: _json(content) for path, content in corpus.dataset_files().items()}
     files[out / MANIFEST_FILE] = _json(manifest)
     with written_together(files):  # from here on no room is needed
-        _put_in_place(folders, out.resolve())
+        _put_in_place(folders, out)
         _replace_folder(tokenizer_folder, out / TOKENIZER_FOLDER)
-    write_card(corpus)
     _remove_others(out, folders, set(splits))
+    write_card(corpus)
     return corpus
 
 
@@ -569,7 +588,7 @@ def _totals(sources: SourceList, reports: list[dict[str, Any]]) -> dict[str, int
         "studies": len({report["study"] for report in reports if report["cells"]}),
         "donors": len(_donors(sources, reports)),
         "cells_without_donor": cells - sum(_donors(sources, reports).values()),
-        "cancer_types": len(set(cancers) - {"normal"}),
+        "cancer_types": len(set(cancers) - {NORMAL}),
         "cell_types": len(_sum(report["counts"][schema.CELL_TYPE] for report in reports)),
         "tissues": len(_sum(report["counts"][schema.TISSUE] for report in reports)),
     }
@@ -589,7 +608,13 @@ def _make_splits(sources: SourceList, corpus: Corpus, cells, manifest: dict[str,
     splits = {}
     for name, settings in sources.split_settings().items():
         try:
-            splits[name] = make_split(cells, settings, name, corpus.describe_cell)
+            splits[name] = split = make_split(cells, settings, name, corpus.describe_cell)
+            share = split.cells()["test"] / len(cells)
+            if settings.held_out is None and not settings.test / 2 <= share <= settings.test * 2:
+                manifest["notes"].append(
+                    f"split {name!r}: {share:.0%} of the cells are for testing, where {settings.test:.0%} were asked "
+                    "for, as groups go whole"
+                )
         except SplitError as error:
             if sources.splits is not None:
                 raise SplitError(f"split {name!r}: {error}") from None
@@ -629,13 +654,12 @@ def _remove_others(out: Path, folders: list[Path], splits: set[str]) -> None:
     """Remove units and splits of an earlier state of the corpus, now that nothing points to them."""
     shutil.rmtree(out / FINISHED_FOLDER, ignore_errors=True)
     kept = set(folders)
-    for study in (out / UNITS_FOLDER).resolve().iterdir():
-        if study.is_dir():
-            for unit in study.iterdir():
-                if unit not in kept:
-                    shutil.rmtree(unit)
+    for report in (out / UNITS_FOLDER).glob(f"*/*/{REPORT_FILE}"):
+        unit = report.parent
+        if unit not in kept:
+            shutil.rmtree(unit)
             with contextlib.suppress(OSError):
-                study.rmdir()  # if it is empty
-    for path in (out / SPLITS_FOLDER).iterdir():
-        if path.stem not in splits:
+                unit.parent.rmdir()  # if it is empty
+    for path in (out / SPLITS_FOLDER).glob("*.npy"):
+        if path.stem not in splits and path.is_file():
             path.unlink()

@@ -1,6 +1,7 @@
 """What a corpus says of itself: a summary for the terminal, and the data card of the Hub with its pictures."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ def _draw(corpus: "Corpus") -> list[tuple[str, str]]:
             "The data card is written without pictures, as matplotlib is not installed: "
             "`pip install 'panfoma-hf[analysis]'` and build again, which takes seconds."
         )
+        shutil.rmtree(corpus.folder / PICTURES_FOLDER, ignore_errors=True)
         return []
     folder = corpus.folder / PICTURES_FOLDER
     folder.mkdir(exist_ok=True)

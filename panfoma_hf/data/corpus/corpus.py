@@ -20,6 +20,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, sn
 from ...tokenization import PanFoMaTokenizer
 from .. import schema
 from ..cell_file import one_line
+from .card import CARD_FILE, PICTURES_FOLDER
 from .sources import SplitSettings
 from .splits import PARTS, UNKNOWN_DONOR, CellGroups, Leaks, find_leaks, shared_barcodes
 from .units import REPORT_FILE, UNITS_FOLDER, waiting_folder
@@ -30,8 +31,6 @@ DATASET_FOLDER = UNITS_FOLDER
 SPLITS_FOLDER = "splits"
 TOKENIZER_FOLDER = "tokenizer"
 MANIFEST_FILE = "manifest.json"
-CARD_FILE = "README.md"
-PICTURES_FOLDER = "pictures"
 # Folders that are the corpus' own on the Hub too: files in them that it does not have any more are removed there.
 _FOLDERS = (DATASET_FOLDER, SPLITS_FOLDER, TOKENIZER_FOLDER, PICTURES_FOLDER)
 _BARCODE = r"(?P<barcode>[ACGT]{12,})"
@@ -144,6 +143,12 @@ class Corpus:
         part
             "train", "validation" or "test".
         """
+        state = self.folder / DATASET_FOLDER / "state.json"
+        expected = self.dataset_files()[f"{DATASET_FOLDER}/state.json"]
+        if not state.is_file() or json.loads(state.read_text(encoding="utf-8")) != expected:
+            raise CorpusError(
+                f"{state} must be that of the manifest, got another: a build was cut off. Build the corpus again."
+            )
         dataset = load_from_disk(str(self.folder / DATASET_FOLDER), keep_in_memory=False).with_format("numpy")
         if split is None:
             return dataset
@@ -198,8 +203,8 @@ class Corpus:
 
     def _shard(self, shard: dict[str, Any]) -> Path:
         """Where a shard is; while the corpus is being built, perhaps where it waits."""
-        path = self.folder.resolve() / shard["path"]
-        return path if path.is_file() else waiting_folder(path, self.folder.resolve())
+        path = self.folder / shard["path"]
+        return path if path.is_file() else waiting_folder(path, self.folder)
 
     def verify(self) -> None:
         """Compare every shard with its checksum in the manifest.
@@ -335,7 +340,7 @@ def read_groups(corpus: Corpus) -> tuple[CellGroups, list[str]]:
         """(cells,) int32, indices into the names of a field, which grow; -1 where ``rename`` gives None."""
         encoded = words.combine_chunks().dictionary_encode()
         new = []
-        for word in [*encoded.dictionary.to_pylist(), None]:
+        for word in [*encoded.dictionary.to_pylist(), *([None] if encoded.null_count else [])]:
             name = rename(word)
             if name is not None and name not in place[key]:
                 place[key][name] = len(names[key])

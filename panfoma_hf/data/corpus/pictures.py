@@ -44,9 +44,14 @@ def _bars(names: list[str]) -> tuple[Figure, Any]:
     figure = Figure(figsize=(10, 1.4 + 0.28 * len(names)), layout="constrained")
     axis = figure.subplots()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), map(_text, names))
     axis.set_ylim(len(names) - 0.4, -0.6)
     return figure, axis
+
+
+def _text(name: str) -> str:
+    """A name as matplotlib draws it, to which dollars are formulas."""
+    return name.replace("$", r"\$")
 
 
 def _cells(manifest: dict[str, Any]) -> Figure:
@@ -69,7 +74,7 @@ def _cells(manifest: dict[str, Any]) -> Figure:
     for index, name in enumerate(studies):
         widths = np.array([counts[name].get(kind, 0) for kind in kinds], dtype=float)
         if widths.any():
-            label = name if index < MAX_COLORS else "other studies" if index == MAX_COLORS else None
+            label = _text(name) if index < MAX_COLORS else "other studies" if index == MAX_COLORS else None
             color = palette(index) if index < MAX_COLORS else palette(MAX_COLORS)
             axis.barh(range(len(kinds)), widths, left=left, color=color, label=label, edgecolor="white", linewidth=0.4)
         left += widths

@@ -164,8 +164,15 @@ class SourceList(_Strict):
     """What splits do about equal cells on both sides, unless they say it themselves."""
 
     @model_validator(mode="after")
-    def _check_quality(self) -> "SourceList":
+    def _check_studies(self) -> "SourceList":
+        folders: dict[str, str] = {}
         for name in self.studies:
+            if name in ("state.json", "dataset_info.json"):
+                raise ValueError(f"a study's name is that of its folder, got {name!r}, which is a file's; rename it")
+            if folders.setdefault(name.lower(), name) != name:
+                raise ValueError(
+                    f"names of studies must differ in more than case, got {folders[name.lower()]!r} and {name!r}"
+                )
             try:
                 self.quality_of(name)
             except ValidationError as error:
@@ -231,6 +238,10 @@ class SourceList(_Strict):
         found, missing = {}, []
         for study, settings in self.studies.items():
             for pattern in settings.files:
+                if Path(pattern).is_absolute():
+                    raise ValueError(
+                        f"Files are named relative to the root, got {pattern} of {study}. Name the folder as the root."
+                    )
                 is_pattern = re.search(r"[*?\[]", pattern) and not Path(root, pattern).exists()
                 paths = sorted(glob.glob(pattern, root_dir=root, recursive=True)) if is_pattern else [pattern]
                 if not paths or not Path(root, paths[0]).exists():

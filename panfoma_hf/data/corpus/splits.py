@@ -1,10 +1,10 @@
 """Splits that keep a donor's cells on one side, and the guard that checks any split for it."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import scipy.sparse as sp
 
 from .sources import SplitSettings
 
@@ -250,9 +250,9 @@ def _by_donor(cells: CellGroups, settings: SplitSettings, generator) -> tuple[np
 
 def _by_study(cells: CellGroups, settings: SplitSettings, generator) -> tuple[np.ndarray, dict]:
     cohorts, of_cell = np.unique(cells.cohorts, return_inverse=True)
-    cohort_of_study = dict(zip(cells.studies.tolist(), cells.cohorts.tolist(), strict=True))
+    studies, first = np.unique(cells.studies, return_index=True)
     studies_of = {cohort: [] for cohort in cohorts.tolist()}
-    for study, cohort in sorted(cohort_of_study.items()):
+    for study, cohort in zip(studies, cells.cohorts[first].tolist(), strict=True):
         studies_of[cohort].append(cells.names["studies"][study])
     chosen = None
     if settings.held_out is not None:
@@ -278,12 +278,14 @@ def _by_cancer_type(cells: CellGroups, settings: SplitSettings, generator) -> tu
     part_of = _assigned(sizes, settings, generator, _held_out(settings, names, "cancer types"))
     part_of_type = np.full(len(cells.names["cancer_types"]) + 1, TRAIN, dtype=np.uint8)
     part_of_type[types] = part_of
-    wanted = part_of_type[cells.cancer_types]  # -1, no type, is the last
+    wanted = part_of_type[cells.cancer_types]
     # A donor goes where its held-out cells go; what else is of it is seen on neither side.
     donors = cells.grouped_donors()
     part_of_donor = np.zeros(donors.max() + 1, dtype=np.uint8)
     np.maximum.at(part_of_donor, donors, wanted)
-    parts = np.where(wanted == part_of_donor[donors], wanted, LEFT_OUT).astype(np.uint8)
+    # Neither are cells without a type, which may be of one that is held out.
+    is_in = (wanted == part_of_donor[donors]) & (cells.cancer_types >= 0)
+    parts = np.where(is_in, wanted, LEFT_OUT).astype(np.uint8)
     return parts, _named(part_of, names)
 
 
@@ -380,15 +382,10 @@ def shared_barcodes(cohorts: np.ndarray, barcodes: np.ndarray, names: Sequence[s
     keys = np.unique(keys[barcodes != 0])
     cohort_of = (keys & np.uint64(0xFFFF)).astype(np.int64)
     sizes = np.bincount(cohort_of, minlength=len(names))
-    barcode_of = keys >> np.uint64(16)
-    # Where the next entry has the same barcode, and so another cohort.
-    starts = np.flatnonzero(np.append(barcode_of[1:] != barcode_of[:-1], True)) + 1 if len(keys) else np.empty(0, int)
-    starts = np.append(0, starts)
-    is_shared = np.diff(starts) > 1
-    shared = {}
-    for start, end in zip(starts[:-1][is_shared], starts[1:][is_shared], strict=True):
-        for pair in itertools.combinations(cohort_of[start:end].tolist(), 2):
-            shared[pair] = shared.get(pair, 0) + 1
+    row = np.cumsum(np.append(True, keys[1:] >> np.uint64(16) != keys[:-1] >> np.uint64(16)))[: len(keys)]
+    occurs = sp.csr_matrix((np.ones(len(keys), np.int64), (row, cohort_of)), shape=(len(keys) + 1, len(names)))
+    both = sp.triu(occurs.T @ occurs, k=1).tocoo()
+    shared = dict(zip(zip(both.row.tolist(), both.col.tolist(), strict=True), both.data.tolist(), strict=True))
     lines = []
     for (first, second), count in sorted(shared.items()):
         smaller, by_chance = min(sizes[first], sizes[second]), sizes[first] * sizes[second] / 737_000

@@ -22,7 +22,7 @@ from ...tokenization import CellTokens, PanFoMaTokenizer
 from ...version import __version__
 from .. import schema
 from ..cells import read_expression
-from ..quality import CellQuality, Quality, cells_per_token, judge_cells
+from ..quality import CellQuality, Quality, cells_per_token, judge_cells, rare_genes
 from ..readers import input_files, open_cells
 from .sources import Study, cell_fields, check_vocabulary, exclusions_seen, is_excluded, tokenizer_fingerprint
 
@@ -65,8 +65,10 @@ class Unit:
         A folder with the tokenizer.
     work
         How its folder below `WORK_FOLDER` starts, in which it says how far it is.
+    signature
+        What the file system said of its input when ``sha256`` was found; None where that is not known.
     sha256
-        The checksum of its input, where that is known; else None.
+        The checksum of that input.
     """
 
     study: str
@@ -77,6 +79,7 @@ class Unit:
     corpus: str
     tokenizer: str
     work: str
+    signature: list | None = None
     sha256: str | None = None
 
     @property
@@ -98,14 +101,19 @@ class Unit:
 
     def folder(self, sha256: str) -> Path:
         """Where it lies in a finished corpus."""
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", self.path)[-80:].strip("-._")  # `datasets` passes over _
-        return Path(self.corpus, UNITS_FOLDER, self.study, f"{stem}-{self.key(sha256)[:12]}")
+        stem = re.sub(r"[^\w.-]+", "-", self.path)[-60:].strip("-._")  # `datasets` passes over what starts with __
+        # Names decide the order of the rows: that of files, whatever their settings.
+        path = hashlib.sha256(self.path.encode()).hexdigest()
+        return Path(self.corpus, UNITS_FOLDER, self.study, f"{stem}-{path[:6]}-{self.key(sha256)[:12]}")
 
     def report(self, sha256: str) -> dict[str, Any] | None:
         """The report of the unit, if it is finished: in its place, or waiting."""
         for folder in (self.folder(sha256), waiting_folder(self.folder(sha256), self.corpus)):
             if (folder / REPORT_FILE).is_file():
-                return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+                report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+                shards = [(folder / shard["name"], shard["bytes"]) for shard in report["shards"]]
+                if all(path.is_file() and path.stat().st_size == size for path, size in shards):
+                    return report
         return None
 
 
@@ -119,10 +127,10 @@ def _tokenizer(folder: str) -> PanFoMaTokenizer:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def signature(path: str | Path) -> list[int]:
-    """Size in bytes, newest time of change in nanoseconds and number of what belongs to a file or folder of cells."""
-    stats = [file.stat() for file in input_files(path)]
-    return [sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0), len(stats)]
+def signature(path: str | Path) -> list:
+    """Size in bytes of a file or folder of cells, and a checksum of its files' names, sizes and times of change."""
+    stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in input_files(path) for stat in (file.stat(),)]
+    return [sum(size for _, size, _ in stats), hashlib.sha256(json.dumps(stats).encode()).hexdigest()]
 
 
 def checksum(path: str | Path) -> str:
@@ -153,7 +161,7 @@ def waiting_folder(folder: Path, corpus: str | Path) -> Path:
     return Path(corpus, FINISHED_FOLDER, folder.relative_to(Path(corpus, UNITS_FOLDER)))
 
 
-def build_unit(unit: Unit) -> tuple[dict[str, Any], list[int], bool]:
+def build_unit(unit: Unit) -> tuple[dict[str, Any], list]:
     """Build a unit, unless it is there already.
 
     The unit's folder appears in `FINISHED_FOLDER` when everything in it is written. Whatever goes wrong before, nothing
@@ -161,7 +169,7 @@ def build_unit(unit: Unit) -> tuple[dict[str, Any], list[int], bool]:
 
     Returns
     -------
-    Its report, its input's `signature`, and whether it was there already.
+    Its report, and its input's `signature`.
 
     Raises
     ------
@@ -171,10 +179,11 @@ def build_unit(unit: Unit) -> tuple[dict[str, Any], list[int], bool]:
         If the file or what the source list says of it is wrong.
     """
     before = signature(unit.file)
-    sha256 = unit.sha256 or checksum(unit.file)
+    # The file may have been replaced since the build began.
+    sha256 = unit.sha256 if unit.signature == before else checksum(unit.file)
     if (report := unit.report(sha256)) is not None:
         check_vocabulary(report["counts"], unit.vocabularies, unit.name)
-        return report, before, True
+        return report, before
     work_root = Path(unit.corpus, WORK_FOLDER)
     work_root.mkdir(exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{unit.work}-", dir=work_root))
@@ -208,7 +217,7 @@ def build_unit(unit: Unit) -> tuple[dict[str, Any], list[int], bool]:
         raise OSError(error.errno, f"{error.strerror}, in {error.filename or unit.corpus}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return report, before, False
+    return report, before
 
 
 def _build(unit: Unit, work: Path, progress: Callable[[float], None]) -> dict[str, Any]:
@@ -218,7 +227,6 @@ def _build(unit: Unit, work: Path, progress: Callable[[float], None]) -> dict[st
     quality = Quality.model_validate(unit.settings["quality"])
     with open_cells(unit.file, tokenizer) as cells:
         fields, seen = cell_fields(cells.obs, study, unit.file)
-        check_vocabulary(_counts(fields), unit.vocabularies, unit.name)
         excluded = is_excluded(cells.obs, study, unit.file)
         expression = read_expression(
             cells,
@@ -231,10 +239,11 @@ def _build(unit: Unit, work: Path, progress: Callable[[float], None]) -> dict[st
         judged = judge_cells(expression, quality, _samples(fields), excluded)
         progress(0.35)
         is_kept = judged.is_kept
+        kept = fields[is_kept].reset_index(drop=True)
+        check_vocabulary(_counts(kept), unit.vocabularies, unit.name)
         expressed_in = cells_per_token(expression, is_kept, len(tokenizer))
         progress(0.55)
-        is_rare = (expressed_in > 0) & (expressed_in < quality.min_cells_per_gene)
-        kept = fields[is_kept].reset_index(drop=True)
+        is_rare = rare_genes(expressed_in, int(is_kept.sum()), quality, judged.notes)
         names = cells.obs.index.to_numpy()[is_kept]
         writer = _ShardWriter(work, schema.corpus_features(len(tokenizer)).arrow_schema, unit.study)
         lengths = []

@@ -315,8 +315,14 @@ def test_words_of_equally_many_cells_are_in_the_order_of_the_alphabet():
 
 
 def test_the_manifest_notes_words_that_no_cell_has(corpus):
-    assert [note for note in corpus.manifest["notes"] if "t_cell" in note] == corpus.manifest["notes"]
-    assert len(corpus.manifest["notes"]) == 1
+    assert len([note for note in corpus.manifest["notes"] if "name 't_cell', which no cell has" in note]) == 1
+    assert len([note for note in corpus.manifest["notes"] if "no cell has" in note]) == 1
+
+
+def test_the_manifest_notes_splits_whose_groups_are_too_large(corpus):
+    for name, split in corpus.splits.items():
+        is_off = not 0.05 <= split["cells"]["test"] / len(corpus) <= 0.2
+        assert any(note.startswith(f"split {name!r}") for note in corpus.manifest["notes"]) == is_off
 
 
 def test_shards_are_those_of_the_manifest_in_the_order_of_the_rows(corpus):
@@ -548,7 +554,7 @@ def test_the_summary_holds_the_same(corpus):
     assert text.startswith(f"tiny: {len(corpus)} cells of 97 read, 3 studies, 4 donors, 2 cancer types")
     for name in [*corpus.manifest["studies"], *corpus.splits]:
         assert any(line.startswith(f"{name} ") for line in text.splitlines())
-    assert text.splitlines()[-1] == f"note: {corpus.manifest['notes'][0]}"
+    assert text.splitlines()[-1] == f"note: {corpus.manifest['notes'][-1]}"
 
 
 def test_pictures_are_shown_and_the_same_whenever_they_are_written(changeable):

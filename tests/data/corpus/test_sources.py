@@ -329,7 +329,9 @@ def test_what_yaml_cannot_make_a_value_of_is_an_error_that_names_the_file(text, 
     [
         pytest.param(["values: {donor_id: 1}"], "donor_id", r"got (donor_id: )?1\b", id="value_1"),
         pytest.param(["values: {donor_id: 5}"], "donor_id", r"got (donor_id: )?5\b", id="value_5"),
-        pytest.param(["columns: {cell_type: t}", "labels: {cell_type: {x: true}}"], "cell_type", "True", id="label_true"),
+        pytest.param(
+            ["columns: {cell_type: t}", "labels: {cell_type: {x: true}}"], "cell_type", "True", id="label_true"
+        ),
         pytest.param(["columns: {cell_type: t}", "labels: {cell_type: {x: 1}}"], "cell_type", r"\b1\b", id="label_1"),
     ],
 )

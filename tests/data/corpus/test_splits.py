@@ -269,7 +269,8 @@ def test_cancer_types_held_out_and_their_donors_other_cells_are_not_in_train(see
     for donor, part in zip(merged_donors(rows), wanted, strict=True):
         of_donor[donor] = max(of_donor[donor], part)  # test before validation before train
     expected = [
-        part if part == of_donor[donor] else LEFT_OUT for donor, part in zip(merged_donors(rows), wanted, strict=True)
+        part if part == of_donor[donor] and kind is not None else LEFT_OUT
+        for donor, part, (*_, kind) in zip(merged_donors(rows), wanted, rows, strict=True)
     ]
     assert split.parts.tolist() == expected
     assert split.cells()["left out"] > 0
@@ -285,10 +286,10 @@ def test_normal_is_never_held_out():
         make_split(groups_of(rows), SplitSettings(by="cancer_type", held_out=["normal"]))
 
 
-def test_cells_without_a_cancer_type_are_not_those_of_the_last_one():
+def test_cells_without_a_cancer_type_may_be_of_one_that_is_held_out():
     rows = [("s", "s", str(donor), kind) for donor, kind in enumerate([None, "x", "y", "z"]) for _ in range(5)]
     split = make_split(groups_of(rows), SplitSettings(by="cancer_type", held_out=["z"], validation=0))
-    assert split.parts.tolist() == [TRAIN] * 15 + [TEST] * 5
+    assert split.parts.tolist() == [LEFT_OUT] * 5 + [TRAIN] * 10 + [TEST] * 5
 
 
 # -- held out by name ------------------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def plan(measured: dict[str, dict], finish: dict[int, tuple[float, float]]) -> s
     """What larger corpora take, from the rate of two processes side by side."""
     several = measured["4 files, 2 processes"]
     packed = measured["1 file, gzipped, 1 process"]
-    per_core, per_core_packed = several["rate"] / 2, packed["rate"]
+    per_core, per_core_packed = several["rate"] / 2, packed["rate"] / 2  # one process has threads on both cores
     one = measured["1 file, 1 process"]
     rows = []
     for cells in finish:

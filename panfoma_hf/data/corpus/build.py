@@ -610,7 +610,8 @@ def _make_splits(sources: SourceList, corpus: Corpus, cells, manifest: dict[str,
         try:
             splits[name] = split = make_split(cells, settings, name, corpus.describe_cell)
             share = split.cells()["test"] / len(cells)
-            if settings.held_out is None and not settings.test / 2 <= share <= settings.test * 2:
+            is_drawn = settings.held_out is None and settings.by != "cancer_type"  # of which normal cells are no part
+            if is_drawn and not settings.test / 2 <= share <= settings.test * 2:
                 manifest["notes"].append(
                     f"split {name!r}: {share:.0%} of the cells are for testing, where {settings.test:.0%} were asked "
                     "for, as groups go whole"

@@ -321,7 +321,7 @@ def test_the_manifest_notes_words_that_no_cell_has(corpus):
 
 def test_the_manifest_notes_splits_whose_groups_are_too_large(corpus):
     for name, split in corpus.splits.items():
-        is_off = not 0.05 <= split["cells"]["test"] / len(corpus) <= 0.2
+        is_off = name != "cancer_type" and not 0.05 <= split["cells"]["test"] / len(corpus) <= 0.2
         assert any(note.startswith(f"split {name!r}") for note in corpus.manifest["notes"]) == is_off
 
 

@@ -240,7 +240,7 @@ def _put_in_place(folders: list[Path], out: Path) -> None:
         waiting = waiting_folder(folder, out)
         if waiting.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            if folder.exists():  # without its report, which is written last
+            if folder.exists():  # damaged: its report or shards are missing, and it was built anew
                 shutil.rmtree(folder)
             waiting.rename(folder)
 

@@ -278,7 +278,7 @@ def _by_cancer_type(cells: CellGroups, settings: SplitSettings, generator) -> tu
     part_of = _assigned(sizes, settings, generator, _held_out(settings, names, "cancer types"))
     part_of_type = np.full(len(cells.names["cancer_types"]) + 1, TRAIN, dtype=np.uint8)
     part_of_type[types] = part_of
-    wanted = part_of_type[cells.cancer_types]
+    wanted = part_of_type[cells.cancer_types]  # -1, no type, is the last
     # A donor goes where its held-out cells go; what else is of it is seen on neither side.
     donors = cells.grouped_donors()
     part_of_donor = np.zeros(donors.max() + 1, dtype=np.uint8)

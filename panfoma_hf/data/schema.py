@@ -20,6 +20,10 @@ TISSUE = "tissue"
 ASSAY = "assay"
 IS_MALIGNANT = "is_malignant"
 CONTENT_HASH = "content_hash"
+# Which pass over the corpus a cell is read in, for the draws of `DataCollatorForMaskedExpression`.
+EPOCH = "epoch"
+# Genes that a batch does not show, though the cell expresses them.
+WITHHELD_IDS = "withheld_ids"
 # What a source list may say of a cell; each may be missing.
 CELL_FIELDS = (DONOR_ID, SAMPLE_ID, CELL_TYPE, CANCER_TYPE, TISSUE, ASSAY, IS_MALIGNANT)
 

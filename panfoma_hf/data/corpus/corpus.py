@@ -4,18 +4,19 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, HfFileSystem, snapshot_download
 
 from ...tokenization import PanFoMaTokenizer
 from .. import schema
@@ -54,14 +55,31 @@ class Corpus:
         Where it lies.
     manifest
         What is known of it, as in ``manifest.json``; docs/corpus.md explains the keys.
+    remote
+        Where its shards are on the Hub, if not in the folder; as `huggingface_hub.HfFileSystem` names it.
+    token
+        Access token of the Hub.
     """
 
     folder: Path
     manifest: dict[str, Any] = field(repr=False)
+    remote: str | None = None
+    token: str | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, folder: str | Path, *, revision: str | None = None, token: str | None = None) -> "Corpus":
+    def open(
+        cls, folder: str | Path, *, revision: str | None = None, token: str | None = None, streaming: bool = False
+    ) -> "Corpus":
         """Open a corpus in a folder, or fetch one from the Hub by its name there.
+
+        Parameters
+        ----------
+        folder
+            A folder, or a data set's name on the Hub.
+        revision, token
+            Of the data set on the Hub; None takes the newest, and the token that you logged in with.
+        streaming
+            Whether to leave a corpus' shards on the Hub, for `pretrain(streaming=True)`; the rest of it is small.
 
         Raises
         ------
@@ -71,7 +89,15 @@ class Corpus:
         path = Path(folder)
         if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             try:
-                path = Path(snapshot_download(str(folder), repo_type="dataset", revision=revision, token=token))
+                path = Path(
+                    snapshot_download(
+                        str(folder),
+                        repo_type="dataset",
+                        revision=revision,
+                        token=token,
+                        ignore_patterns=["*.arrow"] if streaming else None,
+                    )
+                )
             except Exception as error:  # of the network, the Hub or the disk, from several libraries
                 raise CorpusError(
                     f"A corpus is a folder or a data set on the Hub, got {folder}: there is no such folder, and the "
@@ -93,10 +119,19 @@ class Corpus:
                 f"This version reads corpora of format {CORPUS_FORMAT}, got {found} in {path}. Build it again, or "
                 "install the version that built it."
             )
-        return cls(path, content)
+        # The Hub's cache names a snapshot's folder by its commit.
+        remote = f"datasets/{folder}@{path.name}" if streaming and path != Path(folder) else None
+        return cls(path, content, remote, token)
 
     def __len__(self) -> int:
         return self.manifest["totals"]["cells"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all its shards and splits."""
+        sums = [shard["sha256"] for shard in self.manifest["shards"]]
+        sums += [f"{name}:{split['sha256']}" for name, split in sorted(self.splits.items())]
+        return hashlib.sha256("".join(sums).encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> PanFoMaTokenizer:
@@ -142,7 +177,13 @@ class Corpus:
             A split's name; None takes all cells.
         part
             "train", "validation" or "test".
+
+        Raises
+        ------
+        CorpusError
+            If it is not whole, or was left on the Hub.
         """
+        self._require_shards_here()
         state = self.folder / DATASET_FOLDER / "state.json"
         expected = self.dataset_files()[f"{DATASET_FOLDER}/state.json"]
         if not state.is_file() or json.loads(state.read_text(encoding="utf-8")) != expected:
@@ -201,8 +242,32 @@ class Corpus:
         unit = self.manifest["units"][shards[number]["unit"]]
         return f"{table[schema.CELL_ID][row].as_py()} of {unit['study']}: {unit['file']}"
 
+    def open_shard(self, shard: dict[str, Any]) -> BinaryIO:
+        """Open a shard of the manifest to be read, from the folder or from the Hub.
+
+        Raises
+        ------
+        OSError
+            If it is not there.
+        """
+        if self.remote is None:
+            return (self.folder / shard["path"]).open("rb")
+        return HfFileSystem(token=self.token).open(f"{self.remote}/{shard['path']}", "rb")
+
+    def shard_columns(self, shard: dict[str, Any], names: Sequence[str]) -> pa.Table:
+        """Some columns of a shard on disk; others are not read."""
+        return _columns(self._shard(shard), list(names))
+
+    def _require_shards_here(self) -> None:
+        if self.remote is not None:
+            raise CorpusError(
+                f"Cells in any order are read from disk, got a corpus whose shards were left on the Hub: {self.remote}."
+                " Open it without `streaming`, which downloads them, or read it in turn: `pretrain(streaming=True)`."
+            )
+
     def _shard(self, shard: dict[str, Any]) -> Path:
         """Where a shard is; while the corpus is being built, perhaps where it waits."""
+        self._require_shards_here()
         path = self.folder / shard["path"]
         return path if path.is_file() else waiting_folder(path, self.folder)
 
@@ -212,8 +277,9 @@ class Corpus:
         Raises
         ------
         CorpusError
-            If shards are missing or other than they were written; it names them.
+            If shards are missing or other than they were written; it names them. Or if they were left on the Hub.
         """
+        self._require_shards_here()
         wrong = []
         for shard in self.manifest["shards"]:
             path = self.folder / shard["path"]

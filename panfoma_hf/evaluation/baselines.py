@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import anndata as ad
 import numpy as np
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -45,3 +46,30 @@ def variable_genes_logistic_regression(
     train_matrix, test_matrix = (np.clip(scaler.transform(matrix), -10, 10) for matrix in (train_matrix, test_matrix))
     model = LogisticRegression(max_iter=1000, random_state=seed)
     return model.fit(train_matrix, train.obs[label].astype(str)).predict(test_matrix)
+
+
+def principal_components(
+    cells: ad.AnnData, train: np.ndarray, *, num_components: int = 50, seed: int = 0
+) -> np.ndarray:
+    """Principal components of log-normalised counts, found on the training cells: the classical embedding.
+
+    Parameters
+    ----------
+    cells
+        Counts; or logarithms of normalised counts, which are taken as they are.
+    train
+        Positions of the training cells.
+    num_components
+        Components to keep; fewer where there are fewer training cells or genes.
+    seed
+        Seed of the solver.
+
+    Returns
+    -------
+    (cells, components).
+    """
+    is_log = not np.array_equal(cells.X[:50].data, np.round(cells.X[:50].data))
+    matrix = cells.X if is_log else log_normalized(cells).X
+    most = min(len(train), matrix.shape[1]) - 1
+    components = PCA(min(num_components, most), svd_solver="arpack", random_state=seed).fit(matrix[train])
+    return components.transform(matrix)

@@ -18,7 +18,7 @@ SIZES = {
     },
     "small": {
         "hidden_size": 128,
-        "num_attention_heads": 4,
+        "num_attention_heads": 2,
         "num_encoder_layers": 6,
         "num_decoder_layers": 6,
         "chunk_size": 768,
@@ -75,8 +75,8 @@ class PanFoMaConfig(PreTrainedConfig):
         Keep it small: 0.3 stalled on the majority class.
     layer_norm_eps
         Epsilon of every normalisation.
-    gene_loss_weight, cell_loss_weight
-        Weights of the two losses of masked-expression pretraining.
+    gene_loss_weight, cell_loss_weight, presence_loss_weight
+        Weights of the three losses of masked-expression pretraining.
     pad_token_id
         Gene id of padding.
     label_name
@@ -126,6 +126,7 @@ class PanFoMaConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     gene_loss_weight: float = 1.0
     cell_loss_weight: float = 1.0
+    presence_loss_weight: float = 1.0
     pad_token_id: int = 0
     label_name: str | None = None
 

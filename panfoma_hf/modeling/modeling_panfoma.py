@@ -67,13 +67,17 @@ class PanFoMaMaskedExpressionOutput(ModelOutput):
     Parameters
     ----------
     loss
-        Scalar, the weighted sum of the two losses.
+        Scalar, the weighted sum of the three losses.
     logits
         (batch, seq, bins + 1), prediction of each gene's bin from its contextual state.
     cell_logits
         (batch, seq, bins + 1), the same from the cell embedding and the gene's id alone.
+    presence_logits
+        (batch, vocab), log odds that the cell expresses each gene, from the cell embedding.
     gene_loss, cell_loss
-        Scalars, cross-entropy of either prediction over the labelled genes.
+        Scalars, cross-entropy of either prediction of bins over the labelled genes.
+    presence_loss
+        Scalar, binary cross-entropy of ``presence_logits`` summed over the vocabulary, for each labelled gene.
     pooler_output
         (batch, hidden), the cell embedding.
     hidden_states, attentions
@@ -83,8 +87,10 @@ class PanFoMaMaskedExpressionOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     cell_logits: Tensor | None = None
+    presence_logits: Tensor | None = None
     gene_loss: Tensor | None = None
     cell_loss: Tensor | None = None
+    presence_loss: Tensor | None = None
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -579,7 +585,9 @@ class PanFoMaModel(PanFoMaPreTrainedModel):
     """
 
     # The body of a checkpoint with a head is loaded without a report of what the head would have been.
-    _keys_to_ignore_on_load_unexpected = [r"^(classifier|gene_head|cell_head|cell_proj|gene_id_proj)\."]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(classifier|gene_head|cell_head|cell_proj|gene_id_proj|presence_proj|\w+_priors)\."
+    ]
 
     def __init__(self, config: PanFoMaConfig):
         super().__init__(config)
@@ -711,7 +719,20 @@ class PanFoMaModel(PanFoMaPreTrainedModel):
 
 
 class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
-    """PanFoMa that predicts the expression bins of masked genes: pretraining, and imputation of bins (ours)."""
+    """PanFoMa that predicts the expression bins of masked genes: pretraining, and imputation of bins (ours).
+
+    Bins are predicted from each gene's state, and from the cell embedding and the gene's id. The cell embedding also
+    predicts which genes of the vocabulary the cell expresses, as a logistic factor model does with the gene embeddings
+    for loadings (Schein, Saul and Ungar, AISTATS 2003): bins are those of expressed genes, most
+    of which follow from the depth of sequencing, and say little of what kind of cell it is (docs/log.md).
+
+    Predictions start from what is known of a gene without looking at its cell: ``bin_priors`` (vocab, bins + 1) and
+    ``presence_priors`` (vocab, 1), logits that pretraining sets to how often each gene has each bin and is expressed,
+    and goes on learning. So the rest of the model need not learn 25,000 genes' frequencies one by one.
+    """
+
+    # Logits of each gene that no cell changes.
+    _priors = ("bin_priors", "presence_priors")
 
     def __init__(self, config: PanFoMaConfig):
         super().__init__(config)
@@ -720,7 +741,30 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
         self.cell_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.gene_id_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.cell_head = PanFoMaExpressionHead(config)
+        self.presence_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.bin_priors = nn.Embedding(config.vocab_size, config.num_expression_bins + 1)
+        self.presence_priors = nn.Embedding(config.vocab_size, 1)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module in (self.bin_priors, self.presence_priors):
+            init.zeros_(module.weight)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in Transformers; genes that are new have no prior."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        num_tokens = embeddings.num_embeddings
+        for name in self._priors:
+            old = getattr(self, name)
+            if num_tokens != old.num_embeddings:
+                weight = old.weight.new_zeros(num_tokens, old.embedding_dim)
+                kept = min(num_tokens, old.num_embeddings)
+                weight[:kept] = old.weight.detach()[:kept]
+                setattr(self, name, nn.Embedding(*weight.shape, _weight=weight))
+                getattr(self, name).requires_grad_(old.weight.requires_grad)
+        return embeddings
 
     @can_return_tuple
     def forward(
@@ -729,12 +773,13 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
         expression_bins: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        withheld_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> PanFoMaMaskedExpressionOutput:
-        """Predict bins, from each gene's state and from the cell embedding alone.
+        """Predict bins, from each gene's state and from the cell embedding alone, and which genes are expressed.
 
         Parameters
         ----------
@@ -742,6 +787,8 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
             (batch, seq), as in `PanFoMaModel`; masked genes hold ``config.mask_bin_id``.
         labels
             (batch, seq), the true bins of the masked genes and -100 elsewhere.
+        withheld_ids
+            (batch, withheld), genes that the cell expresses beside those of ``input_ids``, filled up with the pad id.
         num_items_in_batch
             Labelled genes of the whole optimiser step, which Trainer gives when it accumulates gradients.
 
@@ -764,25 +811,46 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        logits = self.gene_head(outputs.last_hidden_state)
+        priors = self.bin_priors(input_ids)
+        logits = self.gene_head(outputs.last_hidden_state) + priors.to(outputs.last_hidden_state.device)
         gene_ids = self.panfoma.get_input_embeddings()(input_ids).to(outputs.pooler_output.device)
         cell_logits = self.cell_head(self.cell_proj(outputs.pooler_output)[:, None] + self.gene_id_proj(gene_ids))
+        cell_logits = cell_logits + priors.to(cell_logits.device)
 
-        loss = gene_loss = cell_loss = None
+        presence_logits = self._presence_logits(outputs.pooler_output)
+
+        loss = gene_loss = cell_loss = presence_loss = None
         if labels is not None:
-            gene_loss = masked_cross_entropy(logits, labels, num_items_in_batch)
-            cell_loss = masked_cross_entropy(cell_logits, labels, num_items_in_batch)
-            loss = self.config.gene_loss_weight * gene_loss + self.config.cell_loss_weight * cell_loss
+            num_items = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            gene_loss = masked_cross_entropy(logits, labels, num_items)
+            cell_loss = masked_cross_entropy(cell_logits, labels, num_items)
+            expressed = expressed_genes(
+                input_ids, attention_mask, withheld_ids, self.config.vocab_size, self.config.pad_token_id
+            )
+            presence_loss = presence_cross_entropy(presence_logits, expressed).sum() / _on(presence_logits, num_items)
+            config = self.config
+            loss = config.gene_loss_weight * gene_loss + config.cell_loss_weight * cell_loss.to(gene_loss.device)
+            loss = loss + config.presence_loss_weight * presence_loss.to(gene_loss.device)
         return PanFoMaMaskedExpressionOutput(
             loss=loss,
             logits=logits,
             cell_logits=cell_logits,
+            presence_logits=presence_logits,
             gene_loss=gene_loss,
             cell_loss=cell_loss,
+            presence_loss=presence_loss,
             pooler_output=outputs.pooler_output,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _presence_logits(self, cell_embeddings: Tensor) -> Tensor:
+        """(batch, vocab), log odds that cells of these embeddings (batch, hidden) express each gene."""
+        # By way of the module, not its weight, which may be sharded or lie elsewhere.
+        genes = self.panfoma.get_input_embeddings()
+        all_genes = torch.arange(genes.num_embeddings, device=cell_embeddings.device)
+        loadings, priors = (table(all_genes).to(cell_embeddings.device) for table in (genes, self.presence_priors))
+        return F.linear(self.presence_proj(cell_embeddings), loadings, priors[:, 0])
 
 
 class PanFoMaExpressionHead(nn.Module):
@@ -799,15 +867,34 @@ class PanFoMaExpressionHead(nn.Module):
         return self.out_proj(self.norm(self.act(self.dense(hidden_states))))
 
 
-def masked_cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy over the labels that are not -100, averaged over them or over ``num_items``; 0 where none is."""
+def masked_cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int) -> Tensor:
+    """Cross-entropy over the labels that are not -100, averaged over ``num_items``; 0 where none is."""
     labels = labels.to(logits.device)
     total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    if num_items is None:
-        num_items = (labels != -100).sum().clamp(min=1)
-    elif torch.is_tensor(num_items):
-        num_items = num_items.to(total.device)
-    return total / num_items
+    return total / _on(logits, num_items)
+
+
+def _on(tensor: Tensor, number: Tensor | int) -> Tensor | int:
+    """A number, on the device of a tensor if it is one itself."""
+    return number.to(tensor.device) if torch.is_tensor(number) else number
+
+
+def expressed_genes(
+    input_ids: Tensor, attention_mask: Tensor | None, withheld_ids: Tensor | None, vocab_size: int, pad_id: int
+) -> Tensor:
+    """(batch, vocab), true at the genes that a cell expresses: those it shows (batch, seq), and those withheld."""
+    shown = input_ids if attention_mask is None else input_ids.masked_fill(~attention_mask.bool(), pad_id)
+    expressed = torch.zeros(len(input_ids), vocab_size, dtype=torch.bool, device=input_ids.device)
+    for genes in (shown,) if withheld_ids is None else (shown, withheld_ids):
+        expressed.scatter_(1, genes.long(), True)
+    expressed[:, pad_id] = False
+    return expressed
+
+
+def presence_cross_entropy(logits: Tensor, expressed: Tensor) -> Tensor:
+    """(batch,) float32, binary cross-entropy of log odds (batch, vocab), summed over the vocabulary."""
+    expressed = expressed.to(logits.device)
+    return F.binary_cross_entropy_with_logits(logits.float(), expressed.float(), reduction="none").sum(1)
 
 
 class PanFoMaForCellClassification(PanFoMaPreTrainedModel):

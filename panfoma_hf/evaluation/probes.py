@@ -1,0 +1,189 @@
+"""How much a linear classifier reads from embeddings that are left as they are."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupShuffleSplit, StratifiedShuffleSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.utils.data import DataLoader
+
+from ..data import schema
+from ..data.collator import DataCollatorForCells
+from ..data.corpus import Corpus
+from ..modeling import PanFoMaModel
+from ..tokenization import PanFoMaTokenizer
+from .metrics import classification_metrics
+
+
+# Labels of fewer cells are left out: both sides of a split need some.
+FEWEST_CELLS_OF_A_LABEL = 5
+
+
+@dataclass
+class ProbeScores:
+    """Scores of a linear probe on several splits of the same cells.
+
+    Parameters
+    ----------
+    accuracy, macro_f1
+        (splits,), on the held-out cells of each split.
+    test_share
+        Held-out cells for each cell that was learned from.
+    """
+
+    accuracy: np.ndarray
+    macro_f1: np.ndarray
+    test_share: float
+
+    def interval(self, metric: str = "accuracy") -> tuple[float, float]:
+        """Mean and half width of the 95 % interval; see `resampled_interval`."""
+        return resampled_interval(getattr(self, metric), self.test_share)
+
+    def interval_of_difference(self, other: "ProbeScores", metric: str = "accuracy") -> tuple[float, float]:
+        """Mean and half width of the 95 % interval of this score minus another one on the same splits."""
+        return resampled_interval(getattr(self, metric) - getattr(other, metric), self.test_share)
+
+
+def resampled_interval(values: np.ndarray, test_share: float) -> tuple[float, float]:
+    """Mean and half width of the 95 % interval over random splits of the same cells.
+
+    Splits share cells, so scores depend on each other; the variance is corrected as by Nadeau and Bengio (Machine
+    Learning 2003): ``(1 / splits + test / train) * variance``.
+
+    Parameters
+    ----------
+    values
+        (splits,), at least two.
+    test_share
+        Held-out cells for each cell that was learned from.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        raise ValueError(f"An interval needs at least two splits, got {len(values)}. Draw more.")
+    error = np.sqrt((1 / len(values) + test_share) * values.var(ddof=1))
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * error)
+
+
+def linear_probe(
+    embeddings: np.ndarray | Callable[[np.ndarray], np.ndarray],
+    labels: Sequence[str],
+    *,
+    groups: Sequence[str] | None = None,
+    num_splits: int = 5,
+    test_size: float = 0.3,
+    seed: int = 0,
+) -> ProbeScores:
+    """Score logistic regression on standardised embeddings, on several random splits.
+
+    Parameters
+    ----------
+    embeddings
+        (cells, hidden); or a function that gives them for the positions of the training cells, for embeddings that
+        are fitted, such as principal components.
+    labels
+        (cells,), names to learn.
+    groups
+        (cells,), such as donors, which are not divided between the sides; None splits within each label.
+    num_splits, test_size, seed
+        Number of splits, share of cells (or groups) held out, and seed of the splits; compare on the same ones only.
+
+    Raises
+    ------
+    ValueError
+        If fewer than two labels have five cells.
+    """
+    labels = np.asarray(labels).astype(str)
+    names, counts = np.unique(labels, return_counts=True)
+    kept = np.isin(labels, names[counts >= FEWEST_CELLS_OF_A_LABEL])
+    if len(set(labels[kept])) < 2:
+        raise ValueError(
+            f"A probe needs two labels of at least {FEWEST_CELLS_OF_A_LABEL} cells, got "
+            f"{dict(zip(names.tolist(), counts.tolist(), strict=True))}. Add cells, or take another column."
+        )
+    rows = np.flatnonzero(kept)
+    splitter = (StratifiedShuffleSplit if groups is None else GroupShuffleSplit)(
+        num_splits, test_size=test_size, random_state=seed
+    )
+    scores = []
+    for train, test in splitter.split(rows, labels[rows], None if groups is None else np.asarray(groups)[rows]):
+        train, test = rows[train], rows[test]
+        features = embeddings(train) if callable(embeddings) else embeddings
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        predicted = probe.fit(features[train], labels[train]).predict(features[test])
+        metrics = classification_metrics(labels[test], predicted)
+        scores.append((metrics["accuracy"], metrics["macro_f1"], len(test) / len(train)))
+    accuracy, macro_f1, shares = np.array(scores).T
+    return ProbeScores(accuracy, macro_f1, float(shares.mean()))
+
+
+def embed_dataset(
+    model: PanFoMaModel, dataset: Dataset, tokenizer: PanFoMaTokenizer, batch_size: int = 16
+) -> np.ndarray:
+    """(cells, hidden) float32, cell embeddings of a tokenized data set, in its order."""
+    order = np.argsort(-np.asarray(dataset.select_columns([schema.LENGTH])[:][schema.LENGTH]), kind="stable")
+    columns = dataset.select_columns([schema.INPUT_IDS, schema.EXPRESSION_BINS]).select(order)
+    collator = DataCollatorForCells(tokenizer, random=False)
+    was_training = model.training
+    model.eval()
+    try:
+        # Not inference mode: it would mark weights that a sharded model gathers as unfit for training.
+        with torch.no_grad():
+            batches = [
+                model(**{key: tensor.to(model.device) for key, tensor in batch.items()}).pooler_output.float().cpu()
+                for batch in DataLoader(columns, batch_size=batch_size, collate_fn=collator)
+            ]
+    finally:
+        model.train(was_training)
+    embeddings = np.empty((len(order), batches[0].shape[1]), dtype=np.float32)
+    embeddings[order] = torch.cat(batches).numpy()
+    return embeddings
+
+
+class LinearProbe:
+    """Linear probe on labelled cells of a corpus, for `pretrain(probes=...)`.
+
+    Parameters
+    ----------
+    corpus
+        The corpus.
+    study
+        A study with labels, best one that is held out.
+    label
+        Column with the names to learn; cells without one are left out.
+    most_cells
+        Cells that are embedded, drawn once.
+
+    Raises
+    ------
+    ValueError
+        If the study has no labelled cells.
+    """
+
+    def __init__(self, corpus: Corpus, study: str, *, label: str = schema.CELL_TYPE, most_cells: int = 500):
+        if study not in corpus.groups.names["studies"]:
+            raise ValueError(
+                f"A probe needs a study of the corpus, got {study}. It has {', '.join(corpus.groups.names['studies'])}."
+            )
+        rows = np.flatnonzero(corpus.groups.studies == corpus.groups.names["studies"].index(study))
+        dataset = corpus.dataset().select(rows)
+        labels = np.array(dataset.select_columns([label])[:][label], dtype=object)
+        known = np.flatnonzero([name is not None for name in labels])
+        if not len(known):
+            raise ValueError(
+                f"A probe needs labelled cells, got {len(rows):,} cells of {study!r} without {label!r}. "
+                "Choose a study that has it."
+            )
+        if len(known) > most_cells:
+            known = np.sort(np.random.default_rng(0).choice(known, most_cells, replace=False))
+        self.dataset, self.labels, self.tokenizer = dataset.select(known), labels[known], corpus.tokenizer
+
+    def __call__(self, model: PanFoMaModel) -> dict[str, float]:
+        """Mean accuracy and macro-F1 over five splits."""
+        scores = linear_probe(embed_dataset(model, self.dataset, self.tokenizer), self.labels)
+        return {"accuracy": float(scores.accuracy.mean()), "macro_f1": float(scores.macro_f1.mean())}

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from .modeling import PanFoMaConfig, PanFoMaForCellClassification, PanFoMaForMaskedExpression, PanFoMaModel
+from .shipped import checkpoint
 from .tokenization import PanFoMaTokenizer
 from .version import __version__
 
@@ -31,14 +32,18 @@ AutoTokenizer.register(PanFoMaConfig, tokenizer_class=PanFoMaTokenizer)
 _LAZY = {
     "Corpus": ".data.corpus",
     "DataCollatorForCells": ".data.collator",
+    "DataCollatorForMaskedExpression": ".data.collator",
+    "LinearProbe": ".evaluation.probes",
     "PanFoMaTrainer": ".training",
     "annotate": ".inference",
     "build_corpus": ".data.corpus",
     "cell_dataset": ".data.dataset",
     "check": ".doctor",
     "embed": ".inference",
+    "export_checkpoint": ".training",
     "finetune": ".training",
     "open_cells": ".data.readers",
+    "pretrain": ".training",
     "read_expression": ".data.cells",
     "save_checkpoint": ".training",
 }
@@ -46,6 +51,8 @@ _LAZY = {
 __all__ = [
     "Corpus",
     "DataCollatorForCells",
+    "DataCollatorForMaskedExpression",
+    "LinearProbe",
     "PanFoMaConfig",
     "PanFoMaForCellClassification",
     "PanFoMaForMaskedExpression",
@@ -57,9 +64,12 @@ __all__ = [
     "build_corpus",
     "cell_dataset",
     "check",
+    "checkpoint",
     "embed",
+    "export_checkpoint",
     "finetune",
     "open_cells",
+    "pretrain",
     "read_expression",
     "save_checkpoint",
 ]

@@ -54,6 +54,60 @@ def check(
     raise typer.Exit(0 if report.is_ready else 1)
 
 
+@app.command()
+def pretrain(
+    corpus: Annotated[str, typer.Argument(help="A corpus' folder, or its name on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the run: new, or one to resume.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with arguments, such as scripts/recipes/small.yaml.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, over the recipe: any argument of pretrain() or Trainer."),
+    ] = None,
+    probes: Annotated[
+        list[str] | None, typer.Option("--probe", help="A study with cell types, scored after each evaluation.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last good checkpoint, if there is one.")
+    ] = False,
+) -> None:
+    """Pretrain on a corpus; OUT/model is the result. On several GPUs: accelerate launch scripts/pretrain.py.
+
+    Exit code 1 if the corpus is not whole, a loss is not finite, or the folder vanished; the last checkpoint stays.
+    Example: panfoma pretrain corpus runs/small --recipe scripts/recipes/small.yaml --set max_steps=1000
+    """
+    from .data.corpus import Corpus
+    from .evaluation.probes import LinearProbe
+    from .training import pretrain, read_recipe
+
+    with _told():
+        arguments = read_recipe(pretrain, recipe, changes or (), also=["probe"])
+        studies = [*arguments.pop("probe", ()), *(probes or ())]
+        opened = Corpus.open(corpus, streaming=bool(arguments.get("streaming")))
+        if resume:
+            arguments["resume"] = True
+        arguments["probes"] = {study: LinearProbe(opened, study) for study in studies}
+        trainer = pretrain(opened, out, **arguments)
+        if trainer.is_world_process_zero():
+            typer.echo(f"{out / 'model'} after {trainer.state.global_step:,} steps")
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or an older PanFoMa checkpoint.")],
+    name: Annotated[str, typer.Option(help="Which of the checkpoints that come with the package.")] = "small",
+) -> None:
+    """Write a checkpoint that comes with the package, complete with code and tokenizer, for any from_pretrained.
+
+    Example: panfoma export panfoma, after which AutoModel.from_pretrained("panfoma") works in that folder.
+    """
+    from .training import export_checkpoint
+
+    with _told():
+        typer.echo(export_checkpoint(name, out))
+
+
 @corpus.command()
 def build(
     sources: Annotated[Path, typer.Argument(help="Source list in YAML: studies, files, columns, labels.")],
@@ -125,6 +179,9 @@ def _told() -> Iterator[None]:
 
     try:
         yield
-    except (CorpusError, OSError, ValueError) as error:
+    except (CorpusError, OSError, TypeError, ValueError, RuntimeError) as error:
+        # Errors of ours name rule, value and remedy; others of RuntimeError are not for users' eyes alone.
+        if type(error) is RuntimeError:
+            raise
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

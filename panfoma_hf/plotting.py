@@ -72,3 +72,43 @@ def save_confusion_matrix(true: Sequence[str], predicted: Sequence[str], path: s
     axis.set(xlabel="predicted", ylabel="true")
     figure.colorbar(image, label="share of the true label's cells", shrink=0.8)
     figure.savefig(path, dpi=130)
+
+
+def save_pretraining_curve(
+    log: Sequence[dict[str, float]], path: str | Path, *, held_out: str = "held_out_donors"
+) -> None:
+    """Draw loss and accuracy of pretraining against the cells seen, beside predictors without a model, and save it.
+
+    Parameters
+    ----------
+    log
+        ``log_history`` of a run's ``trainer_state.json``.
+    path
+        A PNG, PDF or SVG file.
+    held_out
+        The evaluation set to draw.
+    """
+    steps = [line for line in log if "gene_loss" in line]
+    tests = [line for line in log if f"eval_{held_out}_gene_loss" in line]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, measure, context, simple, name in (
+        (axes[0], "loss", "context_frequency_loss", "frequency_loss", "cross-entropy of masked bins"),
+        (axes[1], "accuracy", "context_frequency_accuracy", "majority_accuracy", "accuracy of masked bins"),
+    ):
+        for color, head, label in (
+            ("tab:blue", "gene", "from gene states"),
+            ("tab:orange", "cell", "from the cell embedding"),
+        ):
+            key = f"{head}_{measure}"
+            axis.plot([line["step"] for line in steps], [line[key] for line in steps], color=color, alpha=0.3, lw=1)
+            held = [line[f"eval_{held_out}_{key}"] for line in tests]
+            axis.plot([line["step"] for line in tests], held, color=color, marker="o", ms=3, label=label)
+        for style, key, label in (("--", simple, "by gene alone"), (":", context, "by gene and the cell's other bins")):
+            if tests:
+                axis.axhline(
+                    tests[-1][f"eval_{held_out}_{key}"], color="0.3", ls=style, lw=1, label=f"no model, {label}"
+                )
+        axis.set(xlabel="step", ylabel=name)
+    axes[0].legend(fontsize=8, title=f"dots: {held_out.replace('_', ' ')}; faint: training", title_fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -85,6 +85,14 @@ def tokenizer() -> PanFoMaTokenizer:
     return PanFoMaTokenizer()
 
 
+def cells_of_counts(tokenizer: PanFoMaTokenizer, counts: np.ndarray, prefix: str) -> ad.AnnData:
+    """Cells of these counts (cells, genes), of the first genes of the vocabulary, named ``prefix-0`` and so on."""
+    cells = ad.AnnData(sp.csr_matrix(counts.astype("float32")))
+    cells.var_names = tokenizer.convert_ids_to_tokens(list(range(1, counts.shape[1] + 1)))
+    cells.obs_names = [f"{prefix}-{index}" for index in range(len(counts))]
+    return cells
+
+
 def small_cells(tokenizer: PanFoMaTokenizer) -> ad.AnnData:
     """48 cells x 40 genes of three types that differ in the genes they express."""
     rng = np.random.default_rng(0)
@@ -92,10 +100,9 @@ def small_cells(tokenizer: PanFoMaTokenizer) -> ad.AnnData:
     rates = np.full((48, 40), 0.4)
     for kind in range(3):
         rates[types == kind, kind * 10 : kind * 10 + 10] = 6.0
-    names = tokenizer.convert_ids_to_tokens(list(range(1, 41)))
-    obs = pd.DataFrame({"cell_type": pd.Categorical(np.array(["B cell", "T cell", "mast"])[types])})
-    obs.index = [f"cell{index}" for index in range(48)]
-    return ad.AnnData(sp.csr_matrix(rng.poisson(rates).astype("float32")), obs=obs, var=pd.DataFrame(index=names))
+    cells = cells_of_counts(tokenizer, rng.poisson(rates), "cell")
+    cells.obs["cell_type"] = pd.Categorical(np.array(["B cell", "T cell", "mast"])[types])
+    return cells
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ class HubServer(ThreadingHTTPServer):
         """
         from unittest import mock
 
-        from huggingface_hub import constants
+        from huggingface_hub import HfFileSystem, constants
 
         changes = {
             "ENDPOINT": self.url,
@@ -127,8 +127,10 @@ class HubServer(ThreadingHTTPServer):
             "HF_HUB_DISABLE_TELEMETRY": True,
         }
         variables = {"HF_TOKEN": self.token if token is None else token}
+        HfFileSystem.clear_instance_cache()  # it keeps the address with what it listed there
         with mock.patch.multiple(constants, **changes), mock.patch.dict(os.environ, variables):
             yield
+        HfFileSystem.clear_instance_cache()
 
 
 class _Refused(Exception):

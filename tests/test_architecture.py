@@ -25,13 +25,24 @@ ARROWS = {
     "version": set(),
     "plotting": set(),
     "data": {"tokenization", "version"},
+    "shipped": set(),
     "evaluation": {"data", "modeling", "tokenization"},
     "inference": {"data", "modeling", "tokenization", "version"},
-    "training": {"data", "modeling", "tokenization"},
+    "training": {"data", "modeling", "shipped", "tokenization"},
     "doctor": {"data", "tokenization"},
-    "cli": {"data", "doctor"},
+    "cli": {"data", "doctor", "evaluation", "training"},
     "__main__": {"cli"},
-    "__init__": {"data", "doctor", "inference", "modeling", "tokenization", "training", "version"},
+    "__init__": {
+        "data",
+        "doctor",
+        "evaluation",
+        "inference",
+        "modeling",
+        "shipped",
+        "tokenization",
+        "training",
+        "version",
+    },
 }
 
 

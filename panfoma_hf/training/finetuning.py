@@ -1,27 +1,27 @@
 """Fine-tuning: a thin recipe over `transformers.Trainer`."""
 
-import contextlib
-import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, TrainingArguments
 from transformers.utils import logging
 
-from .data.cells import MIN_COVERAGE, anndata_cells, name_of, read_cells, read_expression, tokenize
-from .data.collator import DataCollatorForCells
-from .data.dataset import cell_dataset
-from .data.variable_genes import variable_genes
-from .modeling import PanFoMaConfig, PanFoMaForCellClassification, PanFoMaPreTrainedModel
-from .modeling.configuration_panfoma import SIZES
-from .tokenization import PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
+from ..data.cells import MIN_COVERAGE, anndata_cells, name_of, read_cells, read_expression, tokenize
+from ..data.collator import DataCollatorForCells
+from ..data.dataset import cell_dataset
+from ..data.variable_genes import variable_genes
+from ..modeling import PanFoMaConfig, PanFoMaForCellClassification
+from ..modeling.configuration_panfoma import SIZES
+from ..shipped import checkpoint
+from ..tokenization import PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
+from .checkpoints import check_replaceable, save_checkpoint
+from .trainer import PanFoMaTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -40,87 +40,6 @@ DEFAULT_ARGUMENTS = {
     "save_strategy": "no",
     "report_to": "none",
 }
-
-
-# What `save_checkpoint` writes, and so may replace.
-CHECKPOINT_FILES = re.compile(
-    r".+\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer_config\.json|added_tokens\.json|genes\.tsv\.gz|"
-    r"(configuration|modeling|tokenization)_panfoma\.py|selective_scan\.py|(reference|numba|triton)_kernels\.py|expression\.py|"
-    r"gene_names\.py|value_scale\.py|token_kernels\.py"
-)
-
-
-class PanFoMaTrainer(Trainer):
-    """Trainer that keeps Mamba's A and D from weight decay, weighs classes, and evaluates with fixed draws.
-
-    Parameters
-    ----------
-    class_weights
-        (labels,), weights of the classes in the loss, or None for equal ones.
-    """
-
-    def __init__(self, *args, class_weights: torch.Tensor | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        if class_weights is not None:
-            self.compute_loss_func = WeightedCrossEntropy(class_weights, self.args.label_smoothing_factor)
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Names of the parameters that are decayed: no norms, no biases, and not Mamba's A_log and D."""
-        names = super().get_decay_parameter_names(model)
-        return [name for name in names if name.rsplit(".", 1)[-1] not in ("A_log", "D")]
-
-    def get_eval_dataloader(self, *args, **kwargs):
-        """As in Trainer, with the collator's random draws off."""
-        with self._fixed_draws():
-            return super().get_eval_dataloader(*args, **kwargs)
-
-    def get_test_dataloader(self, *args, **kwargs):
-        """As in Trainer, with the collator's random draws off."""
-        with self._fixed_draws():
-            return super().get_test_dataloader(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _fixed_draws(self) -> Iterator[None]:
-        training_collator = self.data_collator
-        if isinstance(training_collator, DataCollatorForCells):
-            self.data_collator = DataCollatorForCells(
-                training_collator.tokenizer,
-                max_genes=training_collator.max_genes,
-                random=False,
-                pad_to_multiple_of=training_collator.pad_to_multiple_of,
-            )
-        try:
-            yield
-        finally:
-            self.data_collator = training_collator
-
-
-class WeightedCrossEntropy:
-    """Cross-entropy with class weights, averaged over cells; for Trainer's ``compute_loss_func``.
-
-    Parameters
-    ----------
-    class_weights
-        (labels,), of mean 1 over the training cells so that the learning rate keeps its meaning.
-    label_smoothing
-        Share of the target that is spread over all classes.
-    """
-
-    def __init__(self, class_weights: torch.Tensor, label_smoothing: float = 0.0):
-        self.class_weights = class_weights
-        self.label_smoothing = label_smoothing
-
-    def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
-        """Loss of logits (batch, labels) and class ids (batch,), a scalar."""
-        logits = outputs["logits"].float()
-        weights = self.class_weights.to(logits.device)
-        total = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=self.label_smoothing)
-        if num_items_in_batch is None:
-            num_items_in_batch = len(labels)
-        elif torch.is_tensor(num_items_in_batch):
-            # With several GPUs in one process Trainer repeats the number for each, and multiplies the loss by them.
-            num_items_in_batch = num_items_in_batch.sum().to(logits.device)
-        return total / num_items_in_batch
 
 
 def balanced_class_weights(labels: np.ndarray, num_labels: int, power: float) -> torch.Tensor:
@@ -145,7 +64,7 @@ def finetune(
     label: str,
     output_dir: str | Path,
     *,
-    model: str | Path | PanFoMaConfig = "small",
+    model: str | Path | PanFoMaConfig | None = None,
     validation: ad.AnnData | str | Path | None = None,
     gene_set: int | Sequence[str] | None = None,
     class_weights: bool = True,
@@ -165,8 +84,8 @@ def finetune(
     output_dir
         Where the checkpoint goes: model, tokenizer and code.
     model
-        A checkpoint (folder or Hub name) to start from; or "small", "base" or "tiny", or a configuration, to start
-        from random weights.
+        A checkpoint (folder or Hub name) to start from; None takes the one that comes with the package,
+        `panfoma_hf.checkpoint`. Or "small", "base" or "tiny", or a configuration, to start from random weights.
     validation
         Cells that are scored after each epoch; never trained on.
     gene_set
@@ -192,7 +111,8 @@ def finetune(
     FileExistsError
         If ``output_dir`` holds something other than a checkpoint.
     """
-    _check_replaceable(output_dir)
+    check_replaceable(output_dir)
+    model = checkpoint() if model is None else model
     name, validation_name = name_of(cells), name_of(validation)
     cells = read_cells(cells)
     names = sorted(set(_labels(cells, label)))
@@ -249,63 +169,6 @@ def finetune(
     trainer.accelerator.wait_for_everyone()
     classifier.name_or_path = str(output_dir)  # not where it started from
     return trainer
-
-
-def save_checkpoint(folder: str | Path, model: PanFoMaPreTrainedModel, tokenizer: PanFoMaTokenizer) -> Path:
-    """Save a model with its tokenizer and the code that loads them without this package, whole or not at all.
-
-    The folder appears when everything is written. An older checkpoint in its place is kept until then.
-
-    Parameters
-    ----------
-    folder
-        Where to save; new, empty, or an older PanFoMa checkpoint to replace.
-    model, tokenizer
-        What belongs together.
-
-    Returns
-    -------
-    The folder.
-
-    Raises
-    ------
-    FileExistsError
-        If the folder holds something else.
-    """
-    _check_replaceable(folder)
-    folder = Path(folder).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-    return folder
-
-
-def _check_replaceable(folder: str | Path) -> None:
-    """Raise FileExistsError unless a folder is missing, empty, or nothing but a saved PanFoMa model."""
-    folder = Path(folder).resolve()
-    if not folder.exists():
-        return
-    others = ["a file of that name"]
-    if folder.is_dir():
-        others = sorted(path.name for path in folder.iterdir() if not CHECKPOINT_FILES.fullmatch(path.name))
-        config = folder / "config.json"
-        if not others and config.exists() and '"model_type": "panfoma"' not in config.read_text(encoding="utf-8"):
-            others = ["the config.json of another model"]
-    if others:
-        raise FileExistsError(
-            f"A checkpoint is saved to a new or empty folder, or over an older PanFoMa checkpoint, got {folder} with "
-            f"something else in it: {', '.join(others[:3])}. Choose another folder, or remove this one."
-        )
 
 
 def _labels(cells: ad.AnnData, label: str) -> np.ndarray:

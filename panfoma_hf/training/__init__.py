@@ -1,0 +1,25 @@
+"""Fine-tuning and pretraining on `transformers.Trainer`."""
+
+from .checkpoints import CHECKPOINT_FILES, export_checkpoint, save_checkpoint
+from .finetuning import balanced_class_weights, finetune
+from .pretraining import pretrain
+from .pretraining_trainer import PretrainingTrainer
+from .recipes import read_recipe
+from .safety import PretrainingError, last_good_checkpoint
+from .trainer import PanFoMaTrainer, WeightedCrossEntropy
+
+
+__all__ = [
+    "CHECKPOINT_FILES",
+    "PanFoMaTrainer",
+    "PretrainingError",
+    "PretrainingTrainer",
+    "WeightedCrossEntropy",
+    "balanced_class_weights",
+    "export_checkpoint",
+    "finetune",
+    "last_good_checkpoint",
+    "pretrain",
+    "read_recipe",
+    "save_checkpoint",
+]

@@ -1,4 +1,4 @@
-"""Fine-tune PanFoMa on real pancreas cells, name cells that it has not seen, and compare with simple methods.
+"""Fine-tune the PanFoMa that comes with the package on pancreas cells, name unseen ones, compare with simple methods.
 
     python scripts/demo.py                    # what `make demo` runs
     python scripts/demo.py --epochs 1         # a quick look
@@ -74,7 +74,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--cells", type=int, help="use only so many cells, for a quick look")
-    parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -102,14 +101,10 @@ def main() -> None:
 
     started = time.perf_counter()
     checkpoint = arguments.output / "checkpoint"
-    config = panfoma_hf.PanFoMaConfig.from_size(
-        "small", hidden_size=arguments.hidden_size, vocab_size=len(panfoma_hf.PanFoMaTokenizer())
-    )
     panfoma_hf.finetune(
         train,
         LABEL,
         checkpoint,
-        model=config,
         gene_set=NUM_GENES,
         num_train_epochs=arguments.epochs,
         seed=arguments.seed,

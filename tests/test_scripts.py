@@ -21,7 +21,7 @@ def run_script(name, *arguments):
 
 
 def test_the_demo_writes_what_it_promises(tmp_path):
-    printed = run_script("demo.py", "--output", tmp_path, "--epochs", 1, "--cells", 200, "--hidden-size", 16)
+    printed = run_script("demo.py", "--output", tmp_path, "--epochs", 1, "--cells", 200)
     assert "A fresh process gave 40 of 40 held-out cells the same name." in printed
     assert {path.name for path in tmp_path.iterdir()} == {
         "annotated.h5ad",
@@ -37,7 +37,7 @@ def test_the_demo_writes_what_it_promises(tmp_path):
     cells = ad.read_h5ad(tmp_path / "annotated.h5ad")
     assert cells.n_obs == 40
     assert {"panfoma_cell_type", "panfoma_cell_type_score"} <= set(cells.obs)
-    assert cells.obsm["X_panfoma"].shape == (40, 16)
+    assert cells.obsm["X_panfoma"].shape == (40, 128)  # of the checkpoint that comes with the package
     assert cells.uns["panfoma"]["panfoma_cell_type"]["checkpoint"] == str(tmp_path / "checkpoint")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "checkpoint").gene_set) == 1000
     for picture in ("umap.png", "confusion_matrix.png"):

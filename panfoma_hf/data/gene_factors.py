@@ -39,19 +39,20 @@ def gene_factors(
 
     Returns
     -------
-    (vocab, factors) float32, root mean square 1 in each row; 0 for genes that fewer than 10 cells express.
+    (vocab, factors) float32, root mean square 1 in each row; 0 for genes that fewer than 10 cells express, or all.
     """
     generator = np.random.default_rng(seed)
     if len(dataset) > max_cells:
         dataset = dataset.select(np.sort(generator.choice(len(dataset), max_cells, replace=False)))
     expressed = _presence(token_batches(dataset), vocab_size)
-    share = np.asarray(expressed.mean(0)).ravel()
-    kept = np.flatnonzero((share * len(dataset) >= MIN_CELLS) & (share < 1))
+    cells_with = np.bincount(expressed.indices, minlength=vocab_size)
+    kept = np.flatnonzero((cells_with >= MIN_CELLS) & (cells_with < len(dataset)))
     factors = np.zeros((vocab_size, num_factors), dtype=np.float32)
     rank = min(num_factors, len(dataset) - 1, len(kept) - 1)
     if rank < 1:
         return factors
-    scaled = (expressed[:, kept] @ sp.diags_array(1 / np.sqrt(share[kept] * (1 - share[kept])))).astype(np.float32)
+    share = cells_with[kept] / len(dataset)
+    scaled = (expressed[:, kept] @ sp.diags_array(1 / np.sqrt(share * (1 - share)))).astype(np.float32)
     _, values, vectors = randomized_svd(scaled, rank + 1, n_iter=3, random_state=seed)
     loadings = (vectors.T * np.sqrt(values))[:, 1:]
     rotation = np.linalg.qr(generator.normal(size=(num_factors, num_factors)))[0][:rank]

@@ -54,9 +54,9 @@ def test_counts_of_some_rows_are_those_of_these_rows(rows, dataset):
 
 
 def test_counts_add_up_over_batches_of_cells(dataset, frequencies, monkeypatch):
-    whole = bin_frequencies._token_batches
-    monkeypatch.setattr(bin_frequencies, "_token_batches", lambda cells: whole(cells, 16))
-    assert len(list(bin_frequencies._token_batches(dataset))) == 5
+    whole = bin_frequencies.token_batches
+    monkeypatch.setattr(bin_frequencies, "token_batches", lambda cells: whole(cells, 16))
+    assert len(list(bin_frequencies.token_batches(dataset))) == 5
     assert np.array_equal(BinFrequencies.of(dataset, VOCAB, BINS).counts, frequencies.counts)
 
 
@@ -74,7 +74,7 @@ def test_the_majority_bin_is_the_commonest_the_lowest_of_equals_and_that_of_all_
     counts[0] = [0, 1, 0, 9, 2]
     counts[1] = [0, 4, 0, 4, 1]
     counts[3] = [0, 0, 0, 0, 1]
-    assert BinFrequencies(counts).majority_bins().tolist() == [3, 1, 3, 4]
+    assert BinFrequencies(counts, 15).majority_bins().tolist() == [3, 1, 3, 4]
 
 
 def test_the_majority_bins_name_the_most_genes_that_one_bin_a_gene_can(dataset, frequencies):
@@ -113,9 +113,26 @@ def test_probabilities_given_the_gene_are_counts_with_a_prior_of_all_genes(prior
 def test_a_gene_with_many_cells_is_told_by_its_own_counts_and_the_prior_is_ten_cells():
     counts = np.zeros((2, 4), dtype=np.int64)
     counts[0] = [0, 10**6, 0, 10**6]
-    frequencies = BinFrequencies(counts)
+    frequencies = BinFrequencies(counts, 2 * 10**6)
     np.testing.assert_allclose(np.exp(frequencies.log_probabilities()[0, [1, 3]]), 0.5, atol=1e-5)
     np.testing.assert_array_equal(frequencies.log_probabilities(), frequencies.log_probabilities(10.0))
+
+
+def test_log_odds_of_presence_are_those_of_the_cells_that_have_the_gene(dataset, frequencies):
+    assert frequencies.num_cells == len(dataset) == 70
+    cells = np.zeros(VOCAB)
+    for row in dataset:
+        for gene in row["input_ids"].tolist():
+            cells[gene] += 1
+    found = frequencies.presence_log_odds()
+    assert (found.dtype, found.shape) == (np.float32, (VOCAB,))
+    np.testing.assert_allclose(found, np.log((cells + 0.5) / (70 - cells + 0.5)), rtol=1e-5)
+    assert set(found[UNSEEN].tolist()) == {found.min()}
+
+
+def test_a_gene_that_is_not_expressed_counts_as_absent_though_a_cell_lists_it():
+    counts = np.array([[3, 1, 0], [0, 2, 2]])
+    np.testing.assert_allclose(BinFrequencies(counts, 4).presence_log_odds(), np.log([1.5 / 3.5, 4.5 / 0.5]), rtol=1e-6)
 
 
 def test_without_cells_every_bin_is_equally_likely(dataset):

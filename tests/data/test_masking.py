@@ -54,6 +54,8 @@ def test_labels_are_the_true_bins_where_the_mask_is_and_ignored_elsewhere(random
     collator = DataCollatorForMaskedExpression(tokenizer, max_genes=max_genes, random=random, pad_to_multiple_of=64)
     batch = collator(cells)
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert ("withheld_ids" in batch) == (max_genes is not None)
+    batch.pop("withheld_ids", None)
     assert {tensor.shape for tensor in batch.values()} == {(len(cells), 64 if max_genes else 320)}
     masked = batch["labels"] != IGNORED
     assert torch.equal(masked, batch["expression_bins"] == tokenizer.mask_bin_id)
@@ -114,6 +116,55 @@ def test_the_cells_themselves_are_left_as_they_are(tokenizer):
         DataCollatorForMaskedExpression(tokenizer, max_genes=25, random=random)(rows)
     assert np.array_equal(tokens.input_ids, made_up([30, 20]).input_ids)
     assert np.array_equal(tokens.expression_bins, made_up([30, 20]).expression_bins)
+
+
+# -- what is withheld -----------------------------------------------------------------------------------------------
+
+
+def withheld(batch, row: int) -> list[int]:
+    return [gene for gene in batch["withheld_ids"][row].tolist() if gene]
+
+
+@pytest.mark.parametrize("random", [True, False])
+@pytest.mark.parametrize("max_genes", [None, 50])
+def test_shown_and_withheld_genes_are_together_those_of_the_cell(random, max_genes, cells, tokenizer):
+    batch = DataCollatorForMaskedExpression(tokenizer, withhold_ratio=0.4, max_genes=max_genes, random=random)(cells)
+    assert batch["withheld_ids"].dtype == torch.int64
+    for row, (cell, length) in enumerate(zip(cells, LENGTHS, strict=True)):
+        shown = [gene for gene, _, _ in drawn(batch, row)]
+        assert sorted(shown + withheld(batch, row)) == sorted(cell["input_ids"].tolist())
+        kept = min(length, max_genes or length)
+        assert len(shown) == kept - max(0, min(kept - 1, round(0.4 * kept)))
+        # Masks are a share of what is shown.
+        assert (batch["labels"][row] != IGNORED).sum() == min(len(shown), max(1, round(0.3 * len(shown))))
+
+
+def test_genes_beyond_the_most_that_are_kept_are_withheld(cells, tokenizer):
+    batch = DataCollatorForMaskedExpression(tokenizer, max_genes=50)(cells)
+    assert [len(withheld(batch, row)) for row in range(len(cells))] == [max(0, length - 50) for length in LENGTHS]
+
+
+def test_where_every_gene_is_shown_there_are_no_withheld_ones(cells, tokenizer):
+    assert "withheld_ids" not in DataCollatorForMaskedExpression(tokenizer)(cells)
+
+
+def test_two_shares_to_withhold_are_bounds_between_which_each_cell_draws_its_own(tokenizer):
+    tokens = made_up([200] * 300)
+    batch = DataCollatorForMaskedExpression(tokenizer, withhold_ratio=(0.0, 0.5))(
+        [tokens.cell(index) for index in range(300)]
+    )
+    numbers = (batch["withheld_ids"] != 0).sum(1)
+    assert 0 <= numbers.min() < 5
+    assert 95 < numbers.max() <= 100
+    assert abs(numbers.double().mean() - 50) < 6.7  # four standard errors of a uniform draw
+
+
+def test_every_gene_is_withheld_as_often_as_others(tokenizer):
+    cell = made_up([20]).cell(0)
+    collator = DataCollatorForMaskedExpression(tokenizer, withhold_ratio=0.3, random=False)
+    batch = collator([{**cell, "epoch": epoch} for epoch in range(1000)])
+    shares = torch.bincount(batch["withheld_ids"].flatten(), minlength=1001)[cell["input_ids"]] / 1000
+    assert (shares - 0.3).abs().max() < 0.07  # nearly five standard errors
 
 
 # -- what is kept ----------------------------------------------------------------------------------------------------
@@ -235,6 +286,13 @@ def test_shares_that_cannot_be_masked_are_errors(ratio, tokenizer):
         DataCollatorForMaskedExpression(tokenizer, ratio)
     assert f"got {ratio!r}." in str(error.value)
     assert "Pass 0.3, or (0.15, 0.4)" in str(error.value)
+
+
+@pytest.mark.parametrize("ratio", [1, -0.1, float("nan"), (0.4, 0.15), (0.1, 0.2, 0.3), ()], ids=str)
+def test_shares_that_cannot_be_withheld_are_errors(ratio, tokenizer):
+    with pytest.raises(ValueError, match="`withhold_ratio` is a share of at least 0 and below 1") as error:
+        DataCollatorForMaskedExpression(tokenizer, withhold_ratio=ratio)
+    assert f"got {ratio!r}." in str(error.value)
 
 
 @pytest.mark.parametrize("missing", ["input_ids", "expression_bins"])

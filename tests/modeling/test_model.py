@@ -288,12 +288,14 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant, config):
         torch.testing.assert_close(q.grad, p.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_masked_expression_reports_two_losses_and_the_cell_loss_sees_no_bin(config):
+def test_masked_expression_reports_three_losses_and_the_cell_loss_sees_no_bin():
+    config = tiny_config(gene_loss_weight=2.0, cell_loss_weight=0.5, presence_loss_weight=0.25)
     model = spread_out(PanFoMaForMaskedExpression(config))
     batch = pad_batch(random_cells([21]))
     labels = labels_for(PanFoMaForMaskedExpression, batch)
     outputs = model(**batch, labels=labels)
-    torch.testing.assert_close(outputs.loss, outputs.gene_loss + outputs.cell_loss)
+    weighted = 2 * outputs.gene_loss + 0.5 * outputs.cell_loss + 0.25 * outputs.presence_loss
+    torch.testing.assert_close(outputs.loss, weighted)
     assert outputs.logits.shape == outputs.cell_logits.shape == (1, 21, 51)
     expected = torch.nn.functional.cross_entropy(outputs.cell_logits[0], labels[0])
     torch.testing.assert_close(outputs.cell_loss, expected)
@@ -303,10 +305,40 @@ def test_masked_expression_reports_two_losses_and_the_cell_loss_sees_no_bin(conf
     torch.testing.assert_close(outputs.cell_logits, again)
 
 
-def test_masked_expression_without_a_masked_gene_has_a_loss_of_zero(config):
+def test_without_a_masked_gene_there_are_no_bins_to_lose_on(config):
     batch = pad_batch(random_cells([9]))
     outputs = PanFoMaForMaskedExpression(config)(**batch, labels=torch.full((1, 9), -100))
-    assert outputs.loss.item() == 0
+    assert outputs.gene_loss.item() == outputs.cell_loss.item() == 0
+    assert outputs.loss.item() == config.presence_loss_weight * outputs.presence_loss.item()
+
+
+@pytest.mark.parametrize("withheld", [None, [[3, 119, 0], [5, 0, 0]]])
+def test_the_presence_loss_asks_of_every_gene_whether_the_cell_expresses_it(withheld, config):
+    """Genes that are shown or withheld are; pads are not, whatever stands where there is no gene."""
+    model = spread_out(PanFoMaForMaskedExpression(config))
+    torch.nn.init.normal_(model.presence_priors.weight)
+    cells = random_cells([9, 6])
+    batch = pad_batch(cells)
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, :4] = batch["expression_bins"][:, :4]
+    batch["input_ids"][1, 6:] = 77  # behind the attention mask
+    given = {} if withheld is None else {"withheld_ids": torch.tensor(withheld)}
+    outputs = model(**batch, labels=labels, **given)
+
+    genes = model.get_input_embeddings().weight
+    total = 0.0
+    for row, cell in enumerate(cells):
+        expressed = set(cell["input_ids"][0].tolist()) - {77} | (set(withheld[row]) - {0} if withheld else set())
+        loadings = model.presence_proj(outputs.pooler_output[row])
+        for gene in range(config.vocab_size):
+            logit = loadings @ genes[gene] + model.presence_priors.weight[gene, 0]
+            torch.testing.assert_close(outputs.presence_logits[row, gene], logit, rtol=1e-4, atol=1e-5)
+            probability = torch.sigmoid(logit)
+            total -= (probability if gene in expressed else 1 - probability).log().item()
+    # For each labelled gene, as the other losses.
+    assert outputs.presence_loss.item() == pytest.approx(total / 8, rel=1e-5)
+    halved = model(**batch, labels=labels, **given, num_items_in_batch=torch.tensor(16))
+    assert halved.presence_loss.item() == pytest.approx(total / 16, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -463,6 +495,10 @@ def test_token_embeddings_can_be_resized(head, config):
     assert model.get_input_embeddings().weight.shape == (130, 32)
     after = model(**batch)[0] if head is PanFoMaModel else model(**batch).logits
     torch.testing.assert_close(after, before)
+    if head is PanFoMaForMaskedExpression:
+        assert model.bin_priors.weight.shape == (130, 51)
+        assert model.presence_priors.weight.shape == (130, 1)
+        assert model(**batch).presence_logits.shape == (1, 130)
     batch["input_ids"][0, 0] = 129
     assert (model(**batch)[0] if head is PanFoMaModel else model(**batch).logits).isfinite().all()
 

@@ -83,7 +83,7 @@ def same_as_by_one(log, by_one) -> None:
     lines = [line for line in log if "gene_loss" in line]
     expected = [line for line in by_one[0].state.log_history if "gene_loss" in line]
     assert len(lines) == STEPS
-    for key in ("loss", "gene_loss", "cell_loss"):
+    for key in ("loss", "gene_loss", "cell_loss", "presence_loss"):
         assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], rel=2e-5)
     for key in ("gene_accuracy", "majority_accuracy", "cells_seen", "padding"):
         assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], abs=1e-3)

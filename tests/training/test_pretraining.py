@@ -17,13 +17,15 @@ from panfoma_hf.cli import app
 from panfoma_hf.data.collator import DataCollatorForMaskedExpression
 from panfoma_hf.data.corpus import CorpusError
 from panfoma_hf.data.corpus.choice import HELD_OUT_CANCER_TYPES, HELD_OUT_DONORS, TRAIN, CellChoice
+from panfoma_hf.data.gene_factors import gene_factors
 from panfoma_hf.evaluation.probes import LinearProbe
-from panfoma_hf.training import PretrainingError, last_good_checkpoint, pretraining_trainer
+from panfoma_hf.training import PretrainingError, last_good_checkpoint, pretraining, pretraining_trainer
 from panfoma_hf.training.safety import checkpoints_of, problem_of
 from panfoma_hf.training.throughput import peak_flops, pretraining_flops
 from tests.conftest import ROOT
 from tests.training.conftest import (
     ARGUMENTS,
+    NUM_GENES,
     PEAK_FLOPS,
     Killed,
     before_step,
@@ -44,6 +46,7 @@ LOGGED = {
     "step",
     "gene_loss",
     "cell_loss",
+    "presence_loss",
     "gene_accuracy",
     "cell_accuracy",
     "majority_accuracy",
@@ -155,15 +158,16 @@ def test_dropout_is_of_pretraining_only_and_the_checkpoint_keeps_its_own(easy, c
 
 def test_it_learns_what_the_genes_that_are_seen_say_of_the_masked_ones(easy):
     trainer, _, _ = easy
-    found = losses(trainer)
+    found = [line["gene_loss"] for line in lines(trainer)]
     assert np.mean(found[-10:]) < 0.5 * np.mean(found[:10])
     last = {key: value for line in trainer.state.log_history for key, value in line.items()}
     for name in ("held_out_donors", "held_out_cancer_types"):
         assert last[f"eval_{name}_gene_loss"] < last[f"eval_{name}_frequency_loss"] - 0.5
+        assert last[f"eval_{name}_presence_loss"] < last[f"eval_{name}_presence_frequency_loss"]
         assert last[f"eval_{name}_gene_accuracy"] > last[f"eval_{name}_majority_accuracy"]
 
 
-def test_a_fresh_model_starts_from_how_often_each_gene_has_each_bin(corpus, tokenizer, tmp_path):
+def test_a_fresh_model_starts_from_how_often_each_gene_is_expressed_and_has_each_bin(corpus, tokenizer, tmp_path):
     trainer = run(corpus, tmp_path / "run", tokenizer, max_steps=1, learning_rate=0.0)
     counts = np.zeros((len(tokenizer), tokenizer.num_expression_bins + 1))
     for cell in rows_of(corpus, np.flatnonzero(purposes(corpus) == TRAIN)):
@@ -172,6 +176,56 @@ def test_a_fresh_model_starts_from_how_often_each_gene_has_each_bin(corpus, toke
     smooth = counts + 10 * common / common.sum()
     expected = np.log(smooth / smooth.sum(1, keepdims=True))
     np.testing.assert_allclose(trainer.model.bin_priors.weight.detach(), expected, rtol=1e-5)
+    cells = counts[:, 1:].sum(1)
+    expected = np.log((cells + 0.5) / (60 - cells + 0.5))
+    np.testing.assert_allclose(trainer.model.presence_priors.weight[:, 0].detach(), expected, rtol=1e-5)
+
+
+def test_a_fresh_models_genes_start_from_factors_of_which_cells_express_them(corpus, tokenizer, tmp_path):
+    start = {"max_steps": 1, "learning_rate": 0.0}
+    with_factors = run(corpus, tmp_path / "with", tokenizer, **start).model
+    without = run(corpus, tmp_path / "without", tokenizer, **start, gene_factors=False).model
+    genes, plain = (model.get_input_embeddings().weight.detach() for model in (with_factors, without))
+    cells = corpus.dataset().select(np.flatnonzero(purposes(corpus) == TRAIN))
+    factors = torch.from_numpy(gene_factors(cells, *genes.shape))
+    known = factors.any(1)
+    assert NUM_GENES * 0.9 < known.sum() <= NUM_GENES
+    size = 10 * with_factors.config.initializer_range
+    torch.testing.assert_close(genes[known], size * factors[known])
+    # A gene that no cell has keeps its random direction, and has the length of the others.
+    torch.testing.assert_close(genes[~known], 10 * plain[~known])
+    assert genes[~known].std() == pytest.approx(size, rel=0.1)
+    weights, others = with_factors.state_dict(), without.state_dict()
+    small = {
+        name
+        for name in weights
+        if name.startswith("panfoma") and name.endswith(("out_proj.weight", "mlp_down_proj.weight"))
+    }
+    assert len(small) == 2 * with_factors.config.num_encoder_layers + with_factors.config.num_decoder_layers
+    for name in weights.keys() - {"panfoma.embeddings.gene_embeddings.weight"}:
+        torch.testing.assert_close(weights[name], others[name] * (0.1 if name in small else 1), msg=name)
+
+
+def test_weights_that_were_trained_before_are_not_started_again(easy, corpus, tokenizer, tmp_path, monkeypatch):
+    _, folder, _ = easy
+
+    def fail(*arguments):
+        raise AssertionError("looked for factors")
+
+    monkeypatch.setattr(pretraining, "find_gene_factors", fail)
+    run(corpus, tmp_path / "run", tokenizer, model=folder / "model", max_steps=1)
+    with pytest.raises(AssertionError, match="looked for factors"):
+        run(corpus, tmp_path / "fresh", tokenizer, max_steps=1)
+
+
+def test_genes_that_are_withheld_are_learned_from_as_expressed(corpus, tokenizer, tmp_path):
+    still = {"learning_rate": 0.0, "max_steps": 1, "model": tiny_model(tokenizer, presence_loss_weight=0.0)}
+    trainer = run(corpus, tmp_path / "run", tokenizer, withhold_ratio=0.5, **still)
+    (keys,) = trainer.schedule
+    batch = trainer.data_collator(trainer.train_dataset.__getitems__(keys))
+    assert batch["withheld_ids"].any()
+    expected = reference(trainer.model, [batch], (1.0, 1.0, 0.0))
+    assert {name: lines(trainer)[0][name] for name in expected} == pytest.approx(expected, rel=CLOSE)
 
 
 def test_it_goes_on_from_a_checkpoints_weights(easy, corpus, tokenizer, tmp_path):
@@ -201,7 +255,7 @@ def test_norms_biases_priors_and_mambas_a_and_d_are_not_decayed(easy):
     }
     assert set(groups) == {0.0, 0.01}
     assert groups[0.0] | groups[0.01] == set(names.values())
-    spared = ("A_log", ".D", "bias", "norm.weight", "bin_priors.weight")
+    spared = ("A_log", ".D", "bias", "norm.weight", "bin_priors.weight", "presence_priors.weight")
     assert groups[0.0] == {name for name in names.values() if name.endswith(spared)}
     for kind in spared:
         assert any(name.endswith(kind) for name in groups[0.0]), kind
@@ -210,9 +264,18 @@ def test_norms_biases_priors_and_mambas_a_and_d_are_not_decayed(easy):
 # -- what it logs ----------------------------------------------------------------------------------------------------
 
 
-def reference(model, batches, weights=(1.0, 1.0)) -> dict[str, float]:
+def presence(batch) -> list[set[int]]:
+    """The genes that each cell expresses: those it shows, and those it withholds."""
+    found = []
+    for row, (genes, here) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+        withheld = batch["withheld_ids"][row].tolist() if "withheld_ids" in batch else []
+        found.append(set(genes[here == 1].tolist()) | set(withheld) - {0})
+    return found
+
+
+def reference(model, batches, weights=(1.0, 1.0, 1.0)) -> dict[str, float]:
     """Mean losses over the masked genes of some batches, and the shares of them that are right."""
-    sums = np.zeros(4)
+    sums = np.zeros(5)
     masked = 0
     for batch in batches:
         with torch.no_grad():
@@ -222,10 +285,15 @@ def reference(model, batches, weights=(1.0, 1.0)) -> dict[str, float]:
         for index, logits in enumerate((outputs.logits[where].double(), outputs.cell_logits[where].double())):
             sums[index] += F.cross_entropy(logits, true, reduction="sum").item()
             sums[2 + index] += (logits.argmax(-1) == true).sum().item()
+        for genes, logits in zip(presence(batch), outputs.presence_logits.double(), strict=True):
+            logits = logits.clone()
+            logits[sorted(genes)] *= -1
+            sums[4] += F.softplus(logits).sum().item()
         masked += len(true)
-    names = ("gene_loss", "cell_loss", "gene_accuracy", "cell_accuracy")
+    names = ("gene_loss", "cell_loss", "gene_accuracy", "cell_accuracy", "presence_loss")
     means = dict(zip(names, (sums / masked).tolist(), strict=True))
-    return {**means, "loss": weights[0] * means["gene_loss"] + weights[1] * means["cell_loss"]}
+    parts = zip(weights, ("gene_loss", "cell_loss", "presence_loss"), strict=True)
+    return {**means, "loss": sum(weight * means[name] for weight, name in parts)}
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -235,7 +303,7 @@ def test_what_is_logged_of_a_step_is_that_of_all_its_batches(accumulated, corpus
         corpus,
         tmp_path / "run",
         tokenizer,
-        model=tiny_model(tokenizer, gene_loss_weight=2.0, cell_loss_weight=0.5),
+        model=tiny_model(tokenizer, gene_loss_weight=2.0, cell_loss_weight=0.5, presence_loss_weight=0.1),
         learning_rate=0.0,
         gradient_accumulation_steps=accumulated,
         mask_ratio=(0.15, 0.4),
@@ -250,7 +318,7 @@ def test_what_is_logged_of_a_step_is_that_of_all_its_batches(accumulated, corpus
     for number, line in enumerate(lines(trainer)):
         assert set(line) == LOGGED
         step = batches[number * accumulated : (number + 1) * accumulated]
-        expected = reference(trainer.model, step, (2.0, 0.5))
+        expected = reference(trainer.model, step, (2.0, 0.5, 0.1))
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=CLOSE)
         cells = sum(len(batch["input_ids"]) for batch in step)
         tokens = sum(int(batch["attention_mask"].sum()) for batch in step)
@@ -282,9 +350,10 @@ def test_a_line_of_the_log_is_the_mean_of_its_steps(corpus, tokenizer, tmp_path)
     some = lines(run(corpus, tmp_path / "some", tokenizer, max_steps=6, logging_steps=3))
     assert [line["step"] for line in some] == [3, 6]
     for line, three in zip(some, (each[:3], each[3:]), strict=True):
-        for key in ("loss", "gene_loss", "cell_loss"):
+        parts = ("gene_loss", "cell_loss", "presence_loss")
+        for key in ("loss", *parts):
             assert line[key] == pytest.approx(np.mean([one[key] for one in three]), rel=CLOSE)
-        assert line["loss"] == pytest.approx(line["gene_loss"] + line["cell_loss"], rel=CLOSE)
+        assert line["loss"] == pytest.approx(sum(line[key] for key in parts), rel=CLOSE)
         assert line["cells_seen"] == three[-1]["cells_seen"]
 
 
@@ -319,6 +388,7 @@ def test_evaluation_gives_what_the_models_logits_and_plain_counts_give(easy, cor
     common = counts.sum(0) + 1 / counts.shape[1]
     common /= common.sum()
     by_gene = (counts + 10 * common) / (counts.sum(1, keepdims=True) + 10)
+    present = (counts[:, 1:].sum(1) + 0.5) / (60 + 1)
 
     for name, purpose in (("held_out_donors", HELD_OUT_DONORS), ("held_out_cancer_types", HELD_OUT_CANCER_TYPES)):
         cells = rows_of(corpus, np.flatnonzero(purposes(corpus) == purpose))
@@ -327,10 +397,13 @@ def test_evaluation_gives_what_the_models_logits_and_plain_counts_give(easy, cor
         collator = DataCollatorForMaskedExpression(tokenizer, 0.3, random=False)
         batches = [collator([cell]) for cell in cells]
         expected = reference(trainer.model, batches)
-        sums = {"frequency_loss": 0.0, "context_frequency_loss": 0.0, "majority_accuracy": 0, "context": 0}
+        sums = dict.fromkeys(("frequency_loss", "context_frequency_loss", "majority_accuracy", "context"), 0.0)
+        sums["presence_frequency_loss"] = 0.0
         masked = 0
         for batch in batches:
             genes, bins, true = (batch[key][0].numpy() for key in ("input_ids", "expression_bins", "labels"))
+            is_present = np.isin(np.arange(len(present)), genes)
+            sums["presence_frequency_loss"] -= np.log(np.where(is_present, present, 1 - present)).sum()
             seen = np.bincount(bins[true == -100], minlength=len(common)) + 10 * common
             context = seen / seen.sum() / common
             for gene, label in zip(genes[true != -100], true[true != -100], strict=True):
@@ -452,6 +525,7 @@ def test_a_stream_needs_a_number_of_steps(corpus, tokenizer, tmp_path):
         ({"held_out_studies": ["lung"]}, "`held_out_studies` must be in the corpus, got lung"),
         ({"held_out_cancer_types": ["flu"]}, "`held_out_cancer_types` must be in the corpus, got flu"),
         ({"mask_ratio": 1.5}, "`mask_ratio` is a share"),
+        ({"withhold_ratio": 1.0}, "`withhold_ratio` is a share"),
         ({"split": "patient"}, "got 'patient'"),
     ],
 )

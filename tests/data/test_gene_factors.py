@@ -1,0 +1,97 @@
+"""Factors of genes, compared with which cells were made to express them together."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from panfoma_hf import cell_dataset
+from panfoma_hf.data.gene_factors import MIN_CELLS, gene_factors
+from panfoma_hf.tokenization import CellTokens
+
+
+VOCAB = 60
+RARE, EVERYWHERE, UNSEEN = 57, 58, 59
+GROUPS = np.arange(RARE) % 3
+
+
+def cells(number: int = 300, seed: int = 0) -> Dataset:
+    """Cells of three kinds; each kind expresses mostly genes of its own group. Depth differs between cells."""
+    generator = np.random.default_rng(seed)
+    lists = []
+    for cell in range(number):
+        depth = generator.uniform(0.5, 1)
+        likely = np.where(cell % 3 == GROUPS, 0.8, 0.1) * depth
+        genes = np.flatnonzero(generator.random(RARE) < likely)
+        lists.append(np.concatenate([genes, [EVERYWHERE], [RARE] if cell < MIN_CELLS - 1 else []]).astype(np.int32))
+    genes = np.concatenate(lists)
+    ends = np.append(0, np.cumsum([len(some) for some in lists]))
+    return cell_dataset(CellTokens(genes, generator.integers(1, 51, len(genes)).astype(np.uint8), ends))
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return cells()
+
+
+def cosine(factors: np.ndarray) -> np.ndarray:
+    return factors @ factors.T / factors.shape[1]
+
+
+def test_genes_that_cells_express_together_point_the_same_way(dataset):
+    factors = gene_factors(dataset, VOCAB, 8)
+    assert (factors.shape, factors.dtype) == ((VOCAB, 8), np.float32)
+    similar = cosine(factors[:RARE])
+    together = GROUPS[:, None] == GROUPS
+    np.fill_diagonal(similar, np.nan)
+    assert np.nanmean(similar[together]) > 0.4
+    assert np.nanmean(similar[~together]) < 0
+    nearest = np.nanargmax(similar, axis=1)
+    assert np.mean(GROUPS[nearest] == GROUPS) > 0.95
+
+
+def test_every_known_gene_has_one_length_and_others_none(dataset):
+    factors = gene_factors(dataset, VOCAB, 8)
+    np.testing.assert_allclose(np.sqrt((factors[:RARE] ** 2).mean(1)), 1, rtol=1e-5)
+    # Too few cells; every cell, which tells none from another; no cell.
+    assert not factors[[RARE, EVERYWHERE, UNSEEN]].any()
+
+
+def test_no_dimension_stands_for_more_than_another(dataset):
+    """Of three groups, singular vectors would put nearly everything into two of 16 columns."""
+    factors = gene_factors(dataset, VOCAB, 16)
+    shares = (factors**2).sum(0) / (factors**2).sum()
+    assert shares.max() < 4 / 16
+
+
+def test_bins_do_not_matter_only_which_genes_are_expressed(dataset):
+    other = dataset.map(lambda cell: {"expression_bins": [1] * len(cell["expression_bins"])})
+    np.testing.assert_allclose(gene_factors(other, VOCAB, 8), gene_factors(dataset, VOCAB, 8), atol=1e-4)
+
+
+def test_they_are_the_same_each_time_and_the_seed_decides_which_way_they_point(dataset):
+    first = gene_factors(dataset, VOCAB, 8)
+    np.testing.assert_array_equal(gene_factors(dataset, VOCAB, 8), first)
+    turned = gene_factors(dataset, VOCAB, 8, seed=1)
+    assert np.abs(turned - first).max() > 0.5
+
+
+def test_of_many_cells_some_are_drawn_from_all_of_them(dataset):
+    few = gene_factors(dataset, VOCAB, 8, max_cells=120)
+    np.testing.assert_array_equal(gene_factors(dataset, VOCAB, 8, max_cells=120), few)
+    assert np.abs(few - gene_factors(dataset, VOCAB, 8)).max() > 1e-3
+    first = gene_factors(dataset.select(range(120)), VOCAB, 8)
+    assert np.abs(few - first).max() > 1e-3
+    similar = cosine(few[:RARE])
+    assert similar[GROUPS[:, None] == GROUPS].mean() > 0.3
+
+
+def test_fewer_cells_than_factors_leave_directions_at_zero():
+    factors = gene_factors(cells(40), VOCAB, 48)
+    assert factors.any(1).sum() > 40
+    assert np.isfinite(factors).all()
+    assert np.linalg.matrix_rank(factors, tol=1e-3) <= 39
+
+
+def test_without_enough_cells_there_are_none(dataset):
+    assert not gene_factors(dataset.select([]), VOCAB, 8).any()
+    assert not gene_factors(dataset.select([0]), VOCAB, 8).any()

@@ -50,7 +50,9 @@ def pretraining_flops(config: PanFoMaConfig, num_cells: int, seq: int) -> float:
     mixer = 4 * hidden * channels + 2 * channels * (rank + 2 * states) + 2 * rank * channels + 2 * channels * hidden
     decoder = tokens * (2 * (mixer + 2 * config.conv_kernel * channels) + 2 * hidden**2)
     head = 2 * hidden**2 + 2 * hidden * (config.num_expression_bins + 1)
-    heads = tokens * (2 * head + 2 * hidden**2) + num_cells * 2 * hidden**2
+    # From the cell embedding: its share of the predicted bins, and which genes of the vocabulary are expressed.
+    cell_heads = num_cells * (4 * hidden**2 + 2 * hidden * config.vocab_size)
+    heads = tokens * (2 * head + 2 * hidden**2) + cell_heads
     return 3.0 * (config.num_encoder_layers * encoder + config.num_decoder_layers * decoder + heads)
 
 

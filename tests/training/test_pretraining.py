@@ -590,8 +590,8 @@ def test_a_learning_rate_that_is_much_too_large_stops_the_run(corpus, tokenizer,
 
 def test_weights_that_are_not_finite_are_not_saved_though_the_loss_is(corpus, tokenizer, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    # The last gene of the vocabulary, which no cell has.
-    before_step(monkeypatch, 5, spoil("panfoma.embeddings.gene_embeddings.weight", float("inf")))
+    # What is known of the last gene of the vocabulary, whose bins are asked of no cell.
+    before_step(monkeypatch, 5, spoil("bin_priors.weight", float("inf")))
     with pytest.raises(PretrainingError, match=r"Weights must be finite, got inf after step 6\..*checkpoint-4 is"):
         run(corpus, folder, tokenizer, **SAVING)
     assert [path.name for path in checkpoints_of(folder)] == ["checkpoint-4", "checkpoint-2"]
@@ -664,7 +664,7 @@ def test_the_command_takes_a_recipe_changes_and_probes(corpus, tmp_path):
     assert "A run begins in a folder without one" in message
     assert "--resume" in message
     message = failed(command(corpus, out, tmp_path, "--resume"))
-    assert "learning_rate 0.002 -> 0.001" in message
+    assert "learning_rate 0.002 -> 0.0005" in message
 
 
 def test_the_command_scores_a_probe_after_each_evaluation(corpus, tmp_path):

@@ -245,7 +245,7 @@ def test_resuming_a_finished_run_does_no_step_and_gives_its_model_again(
 
 OTHER = {
     "max_steps": (9, "max_steps 8 -> 9"),
-    "learning_rate": (0.002, "learning_rate 0.001 -> 0.002"),
+    "learning_rate": (0.002, "learning_rate 0.0005 -> 0.002"),
     "seed": (1, "seed"),
     "mask_ratio": (0.2, r"mask_ratio \[0.3\] -> \[0.2\]"),
     "tokens_per_batch": (128, "tokens_per_batch 256 -> 128"),

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from ..data.plain_yaml import PlainYaml
+
 
 # The folder and the checkpoint to resume from are arguments of their own.
 _GIVEN_OTHERWISE = {"output_dir", "resume_from_checkpoint", "remove_unused_columns", "logging_nan_inf_filter"}
@@ -44,7 +46,7 @@ def read_recipe(
     recipe: dict[str, Any] = {}
     if path is not None:
         try:
-            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=PlainYaml) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"A recipe is YAML, got {error} in {path}. Mend the file.") from error
         if not isinstance(recipe, dict):
@@ -54,7 +56,7 @@ def read_recipe(
         name, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"A change is `name=value`, got {change!r}. Write, for example, max_steps=1000.")
-        recipe[name.strip()] = _number(yaml.safe_load(value))
+        recipe[name.strip()] = _number(yaml.load(value, Loader=PlainYaml))
     own = [
         name
         for name, parameter in inspect.signature(function).parameters.items()

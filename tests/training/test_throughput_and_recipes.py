@@ -122,6 +122,7 @@ def test_recipes_that_come_along_are_understood(path):
         ("held_out_studies=[a, b]", ["a", "b"]),
         ("model=runs/a=b", "runs/a=b"),
         ("learning_rate=-1E-03", -1e-3),
+        ("save_strategy=no", "no"),
     ],
 )
 def test_changes_are_yaml_and_go_over_the_recipe(change, value, tmp_path):
@@ -148,6 +149,7 @@ def test_a_number_means_the_same_in_a_recipe_as_in_a_change(tmp_path):
         ("2: x", [], "got 2"),
         ("", ["max_steps"], "`name=value`, got 'max_steps'"),
         ("- a\n- b", [], "a mapping of names to values, got list in .*recipe.yaml"),
+        ("seed: 1\nseed: 2", [], "the key 'seed' twice"),
         ("a: [", [], "A recipe is YAML, got (?s:.*) in .*recipe.yaml"),
     ],
 )

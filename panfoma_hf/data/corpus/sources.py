@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from ...tokenization import PanFoMaTokenizer
 from .. import schema
 from ..cells import MIN_COVERAGE
+from ..plain_yaml import PlainYaml
 from ..quality import Quality
 
 
@@ -194,7 +195,7 @@ class SourceList(_Strict):
         if not path.is_file():
             raise FileNotFoundError(f"A source list is a YAML file, got nothing at {path}. Check the path.")
         try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainYaml)
         except (yaml.YAMLError, ValueError, TypeError) as error:  # of dates that are none, and of text that is no UTF-8
             raise ValueError(
                 f"A source list must be YAML, got {' '.join(str(error).split())} in {path}. Mend it."
@@ -265,31 +266,6 @@ class SourceList(_Strict):
 
     def _order(self, study: str) -> int:
         return list(self.studies).index(study)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, not the last one's, and yes, no, on and off are words."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_UniqueKeys.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
 
 
 def _explained(error: ValidationError) -> str:

@@ -126,7 +126,7 @@ class PanFoMaConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     gene_loss_weight: float = 1.0
     cell_loss_weight: float = 1.0
-    presence_loss_weight: float = 1.0
+    presence_loss_weight: float = 0.1
     pad_token_id: int = 0
     label_name: str | None = None
 

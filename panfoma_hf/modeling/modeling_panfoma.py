@@ -586,7 +586,7 @@ class PanFoMaModel(PanFoMaPreTrainedModel):
 
     # The body of a checkpoint with a head is loaded without a report of what the head would have been.
     _keys_to_ignore_on_load_unexpected = [
-        r"^(classifier|gene_head|cell_head|cell_proj|gene_id_proj|presence_proj|\w+_priors)\."
+        r"^((classifier|gene_head|cell_head|cell_proj|gene_id_proj|presence_proj|\w+_priors)\.|log_bin_frequencies$)"
     ]
 
     def __init__(self, config: PanFoMaConfig):
@@ -726,9 +726,14 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
     for loadings (Schein, Saul and Ungar, AISTATS 2003): bins are those of expressed genes, most
     of which follow from the depth of sequencing, and say little of what kind of cell it is (docs/log.md).
 
-    Predictions start from what is known of a gene without looking at its cell: ``bin_priors`` (vocab, bins + 1) and
-    ``presence_priors`` (vocab, 1), logits that pretraining sets to how often each gene has each bin and is expressed,
-    and goes on learning. So the rest of the model need not learn 25,000 genes' frequencies one by one.
+    Predictions start from what counting tells, so that the rest of the model need not learn it:
+
+    - of a gene without looking at its cell: ``bin_priors`` (vocab, bins + 1) and ``presence_priors`` (vocab, 1), logits
+      that pretraining sets to how often each gene has each bin and is expressed, and goes on learning;
+    - of a cell without looking at which genes they are: how much commoner than elsewhere (``log_bin_frequencies``) each
+      bin is among its unmasked ones, see `bin_context`, and how many genes it expresses, see `presence_context`. Both
+      follow from the depth of sequencing, which is thereby given to all predictions, as the library size is to the
+      decoder of scVI (Lopez et al., Nature Methods 2018): the cell embedding need not hold it.
     """
 
     # Logits of each gene that no cell changes.
@@ -744,6 +749,8 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
         self.presence_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.bin_priors = nn.Embedding(config.vocab_size, config.num_expression_bins + 1)
         self.presence_priors = nn.Embedding(config.vocab_size, 1)
+        # Counted, not learned; all bins are equally frequent until pretraining has counted.
+        self.log_bin_frequencies = nn.Parameter(torch.empty(config.num_expression_bins + 1), requires_grad=False)
         self.post_init()
 
     @torch.no_grad()
@@ -751,6 +758,8 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
         super()._init_weights(module)
         if module in (self.bin_priors, self.presence_priors):
             init.zeros_(module.weight)
+        elif module is self:
+            init.constant_(self.log_bin_frequencies, -math.log(len(self.log_bin_frequencies)))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in Transformers; genes that are new have no prior."""
@@ -811,22 +820,23 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        priors = self.bin_priors(input_ids)
+        context = bin_context(expression_bins, attention_mask, self.log_bin_frequencies)
+        priors = self.bin_priors(input_ids) + context[:, None].to(self.bin_priors.weight.device)
         logits = self.gene_head(outputs.last_hidden_state) + priors.to(outputs.last_hidden_state.device)
         gene_ids = self.panfoma.get_input_embeddings()(input_ids).to(outputs.pooler_output.device)
         cell_logits = self.cell_head(self.cell_proj(outputs.pooler_output)[:, None] + self.gene_id_proj(gene_ids))
         cell_logits = cell_logits + priors.to(cell_logits.device)
 
-        presence_logits = self._presence_logits(outputs.pooler_output)
+        expressed = expressed_genes(
+            input_ids, attention_mask, withheld_ids, self.config.vocab_size, self.config.pad_token_id
+        )
+        presence_logits = self._presence_logits(outputs.pooler_output, expressed.sum(1))
 
         loss = gene_loss = cell_loss = presence_loss = None
         if labels is not None:
             num_items = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             gene_loss = masked_cross_entropy(logits, labels, num_items)
             cell_loss = masked_cross_entropy(cell_logits, labels, num_items)
-            expressed = expressed_genes(
-                input_ids, attention_mask, withheld_ids, self.config.vocab_size, self.config.pad_token_id
-            )
             presence_loss = presence_cross_entropy(presence_logits, expressed).sum() / _on(presence_logits, num_items)
             config = self.config
             loss = config.gene_loss_weight * gene_loss + config.cell_loss_weight * cell_loss.to(gene_loss.device)
@@ -844,13 +854,15 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _presence_logits(self, cell_embeddings: Tensor) -> Tensor:
-        """(batch, vocab), log odds that cells of these embeddings (batch, hidden) express each gene."""
+    def _presence_logits(self, cell_embeddings: Tensor, num_expressed: Tensor) -> Tensor:
+        """(batch, vocab), log odds that cells of embeddings (batch, hidden), of so many genes, express each gene."""
         # By way of the module, not its weight, which may be sharded or lie elsewhere.
         genes = self.panfoma.get_input_embeddings()
         all_genes = torch.arange(genes.num_embeddings, device=cell_embeddings.device)
         loadings, priors = (table(all_genes).to(cell_embeddings.device) for table in (genes, self.presence_priors))
-        return F.linear(self.presence_proj(cell_embeddings), loadings, priors[:, 0])
+        priors = priors[:, 0]
+        context = presence_context(priors.detach(), num_expressed.to(priors.device))
+        return F.linear(self.presence_proj(cell_embeddings), loadings, priors) + context[:, None]
 
 
 class PanFoMaExpressionHead(nn.Module):
@@ -865,6 +877,40 @@ class PanFoMaExpressionHead(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.out_proj(self.norm(self.act(self.dense(hidden_states))))
+
+
+# Genes with the bins of all cells that are added to a cell's unmasked ones: bins that it does not show stay possible.
+CONTEXT_PRIOR_GENES = 10.0
+# Of Newton's method; real cells need four.
+CONTEXT_STEPS = 8
+
+
+def bin_context(expression_bins: Tensor, attention_mask: Tensor | None, log_bin_frequencies: Tensor) -> Tensor:
+    """How much commoner than in all cells each bin is among a cell's unmasked genes, as a logarithm.
+
+    Bins are ranks within a cell, and genes of equal counts share one. In a cell of few counts most genes have one count
+    and so one bin, whatever they are; the unmasked ones tell which.
+
+    Parameters
+    ----------
+    expression_bins, attention_mask
+        (batch, seq); masked genes and pads are not counted.
+    log_bin_frequencies
+        (bins + 1,), logarithms of the shares of bins in all cells.
+
+    Returns
+    -------
+    (batch, bins + 1), at least float32; 0 for a cell that shows no bin.
+    """
+    log_frequencies = at_least_float32(log_bin_frequencies)
+    seen = expression_bins < len(log_frequencies)
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()
+    counts = torch.zeros(len(seen), len(log_frequencies), dtype=log_frequencies.dtype, device=seen.device)
+    counts.scatter_add_(1, expression_bins.where(seen, 0).long(), seen.to(counts.dtype))
+    log_frequencies = log_frequencies.to(counts.device)
+    counts = counts + CONTEXT_PRIOR_GENES * log_frequencies.exp()
+    return (counts / counts.sum(1, keepdim=True)).log() - log_frequencies
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int) -> Tensor:
@@ -889,6 +935,33 @@ def expressed_genes(
         expressed.scatter_(1, genes.long(), True)
     expressed[:, pad_id] = False
     return expressed
+
+
+def presence_context(log_odds: Tensor, num_expressed: Tensor) -> Tensor:
+    """What is added to all genes' log odds so that as many genes as a cell expresses are expected of it.
+
+    Newton's method on ``sum(sigmoid(log_odds + context)) = num_expressed``.
+
+    Parameters
+    ----------
+    log_odds
+        (vocab,), of each gene in all cells.
+    num_expressed
+        (batch,), genes that each cell expresses; fewer than half a gene or more than all but half count as that.
+
+    Returns
+    -------
+    (batch,), at least float32.
+    """
+    log_odds = at_least_float32(log_odds)
+    target = num_expressed.to(log_odds.dtype).clamp(0.5, len(log_odds) - 0.5)
+    # Exact where all genes are equally frequent.
+    context = torch.logit(target / len(log_odds)) - torch.logit(log_odds.sigmoid().mean(), eps=1e-6)
+    for _ in range(CONTEXT_STEPS):
+        probability = (log_odds + context[:, None]).sigmoid()
+        slope = (probability * (1 - probability)).sum(1)
+        context = context + ((target - probability.sum(1)) / slope.clamp(min=1e-6)).clamp(-2, 2)
+    return context
 
 
 def presence_cross_entropy(logits: Tensor, expressed: Tensor) -> Tensor:

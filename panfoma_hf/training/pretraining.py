@@ -311,6 +311,7 @@ def _start_from_frequencies(model: PanFoMaForMaskedExpression, frequencies: BinF
     """Predict how often each gene has each bin and is expressed, before anything is learned."""
     model.bin_priors.weight.copy_(torch.from_numpy(frequencies.log_probabilities()))
     model.presence_priors.weight[:, 0] = torch.from_numpy(frequencies.presence_log_odds())
+    model.log_bin_frequencies.copy_(torch.from_numpy(frequencies.bin_frequencies()).log())
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from ..data.batches import BatchSchedule
 from ..data.bin_frequencies import BinFrequencies
 from ..data.collator import IGNORED, DataCollatorForMaskedExpression
 from ..modeling import PanFoMaForMaskedExpression, PanFoMaModel
-from ..modeling.modeling_panfoma import expressed_genes, presence_cross_entropy
+from ..modeling.modeling_panfoma import bin_context, expressed_genes, presence_context, presence_cross_entropy
 from .safety import SafeCheckpoints, require_finite
 from .throughput import peak_flops, pretraining_flops
 from .trainer import PanFoMaTrainer
@@ -57,9 +57,6 @@ _COUNTED = (
     "flops",
 )
 
-# Genes with the bins of all cells that are added to a cell's unmasked ones: bins it does not show stay possible.
-CONTEXT_PRIOR_GENES = 10.0
-
 
 class PretrainingTrainer(PanFoMaTrainer):
     """Trainer for `PanFoMaForMaskedExpression` on a schedule of batches.
@@ -74,7 +71,8 @@ class PretrainingTrainer(PanFoMaTrainer):
     ``majority_accuracy`` and ``frequency_loss`` by gene alone, ``context_frequency_loss`` and
     ``context_frequency_accuracy`` by gene and by how often each bin occurs among the genes of the cell that are not
     masked. The last is the one to beat: ties give many genes of a cell the same bin, which the others show.
-    ``presence_frequency_loss``, beside ``presence_loss``, is that of how often each gene is expressed.
+    ``presence_frequency_loss``, beside ``presence_loss``, is that of how often each gene is expressed and of how many
+    the cell expresses.
 
     Parameters
     ----------
@@ -103,7 +101,7 @@ class PretrainingTrainer(PanFoMaTrainer):
         self.probes = dict(probes or {})
         self._majority = torch.from_numpy(frequencies.majority_bins()).to(self.args.device)
         self._log_frequencies = torch.from_numpy(frequencies.log_probabilities()).to(self.args.device)
-        self._bin_frequencies = torch.from_numpy(frequencies.bin_frequencies()).to(self.args.device)
+        self._log_bin_frequencies = torch.from_numpy(frequencies.bin_frequencies()).log().to(self.args.device)
         self._presence_log_odds = torch.from_numpy(frequencies.presence_log_odds()).to(self.args.device)
         self._config = self.model.config  # once the model is wrapped, it is out of reach
         self._counts = self._no_counts()
@@ -302,7 +300,8 @@ class PretrainingTrainer(PanFoMaTrainer):
         cells = masked.nonzero()[:, 0]
         logits, cell_logits = outputs["logits"][masked].float(), outputs["cell_logits"][masked].float()
         by_gene = self._log_frequencies[genes]
-        by_context = by_gene + self._log_context(inputs, masked)[cells]
+        context = bin_context(inputs[schema.EXPRESSION_BINS], inputs["attention_mask"], self._log_bin_frequencies)
+        by_context = by_gene + context[cells]
         values = torch.stack(
             [
                 F.cross_entropy(logits, true, reduction="none"),
@@ -326,19 +325,10 @@ class PretrainingTrainer(PanFoMaTrainer):
             len(self._presence_log_odds),
             self._config.pad_token_id,
         )
-        by_frequency = self._presence_log_odds.expand(expressed.shape)
+        by_frequency = self._presence_log_odds + presence_context(self._presence_log_odds, expressed.sum(1))[:, None]
         for name, logits in (("presence_loss", outputs["presence_logits"]), ("presence_frequency_loss", by_frequency)):
             sums[:, _EVALUATED.index(name)] = presence_cross_entropy(logits, expressed)
         return None, sums, masked.sum(1)
-
-    def _log_context(self, inputs: Mapping[str, torch.Tensor], masked: torch.Tensor) -> torch.Tensor:
-        """(cells, bins + 1), how much commoner than elsewhere each bin is among a cell's unmasked genes, logarithm."""
-        overall = self._bin_frequencies
-        seen = inputs["attention_mask"].bool() & ~masked
-        bins = inputs[schema.EXPRESSION_BINS].masked_fill(~seen, 0)
-        counts = overall.new_zeros(len(bins), len(overall)).scatter_add_(1, bins, seen.to(overall.dtype))
-        counts += CONTEXT_PRIOR_GENES * overall  # no bin is impossible
-        return (counts / counts.sum(1, keepdim=True)).log() - overall.log()
 
     def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         masked = max(int(prediction.label_ids.sum()), 1)

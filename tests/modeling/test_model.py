@@ -8,7 +8,7 @@ import torch
 
 from panfoma_hf import PanFoMaForCellClassification, PanFoMaForMaskedExpression, PanFoMaModel
 from panfoma_hf.modeling import use_scan_backend
-from panfoma_hf.modeling.modeling_panfoma import PanFoMaAttention
+from panfoma_hf.modeling.modeling_panfoma import PanFoMaAttention, bin_context, presence_context
 from tests.conftest import pad_batch, random_cells, spread_out, tiny_config
 from tests.modeling.naive_panfoma import NaivePanFoMa
 
@@ -288,7 +288,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant, config):
         torch.testing.assert_close(q.grad, p.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_masked_expression_reports_three_losses_and_the_cell_loss_sees_no_bin():
+def test_masked_expression_reports_three_losses_and_the_cell_loss_sees_no_bin_of_its_gene():
     config = tiny_config(gene_loss_weight=2.0, cell_loss_weight=0.5, presence_loss_weight=0.25)
     model = spread_out(PanFoMaForMaskedExpression(config))
     batch = pad_batch(random_cells([21]))
@@ -302,7 +302,68 @@ def test_masked_expression_reports_three_losses_and_the_cell_loss_sees_no_bin():
     # From one cell embedding, the same gene id gets the same prediction wherever it stands and whatever its bin.
     gene_ids = model.gene_id_proj(model.get_input_embeddings()(batch["input_ids"]))
     again = model.cell_head(model.cell_proj(outputs.pooler_output)[:, None] + gene_ids)
-    torch.testing.assert_close(outputs.cell_logits, again)
+    context = bin_context(batch["expression_bins"], None, model.log_bin_frequencies)
+    torch.testing.assert_close(outputs.cell_logits, again + context[:, None])
+
+
+def test_the_context_of_a_bin_is_its_share_of_the_unmasked_genes_over_its_share_of_all_genes(config):
+    frequencies = torch.rand(51, dtype=torch.float64) + 0.1
+    frequencies /= frequencies.sum()
+    bins = torch.tensor([[3, 3, 3, 51, 7, 51, 50, 3, 52, 52], [1, 51, 51, 51, 51, 52, 52, 52, 52, 52], [51] * 10])
+    mask = torch.tensor([[1] * 7 + [0] * 3, [1] * 5 + [0] * 5, [1] * 10])  # the last 3 of the first cell is no gene
+    context = bin_context(bins, mask, frequencies.log())
+    seen = [{3: 3, 7: 1, 50: 1}, {1: 1}, {}]
+    for row, counts in enumerate(seen):
+        total = sum(counts.values()) + 10
+        for name in range(51):
+            share = (counts.get(name, 0) + 10 * frequencies[name]) / total
+            torch.testing.assert_close(context[row, name], (share / frequencies[name]).log())
+    assert bin_context(bins, mask, frequencies.log().bfloat16()).dtype == torch.float32
+
+
+def test_the_context_of_presence_makes_as_many_genes_expected_as_are_expressed():
+    """With log odds as they are counted in a corpus: most genes are rare, and some are everywhere."""
+    log_odds = torch.linspace(-9.9, 4, 25_000, dtype=torch.float64)
+    for number in (1, 30, 500, 3_000, 12_000):
+        context = presence_context(log_odds.float(), torch.tensor([number]))
+        assert torch.sigmoid(log_odds + context).sum().item() == pytest.approx(number, rel=1e-4)
+    # One by itself, and beside others; none at all, and all of them.
+    alone, beside = (presence_context(log_odds, torch.tensor(numbers)) for numbers in ([500], [7, 500]))
+    torch.testing.assert_close(beside[1:], alone)
+    assert presence_context(log_odds, torch.tensor([0, 25_000])).isfinite().all()
+    # Where all genes are alike, as in a model that has counted nothing.
+    torch.testing.assert_close(presence_context(torch.zeros(100), torch.tensor([20])), torch.tensor([0.2]).logit())
+
+
+def test_predictions_start_from_what_counting_tells(config):
+    """Frequencies of each gene's bins, and what the cell's other bins add: the rest of the model is added to it."""
+    model = PanFoMaForMaskedExpression(config).eval()
+    for head in (model.gene_head, model.cell_head):
+        torch.nn.init.zeros_(head.out_proj.weight)
+        torch.nn.init.zeros_(head.out_proj.bias)
+    torch.nn.init.normal_(model.bin_priors.weight)
+    model.log_bin_frequencies.copy_(torch.randn(51).log_softmax(0))
+    batch = pad_batch(random_cells([21, 9]))
+    outputs = model(**batch)
+    context = bin_context(batch["expression_bins"], batch["attention_mask"], model.log_bin_frequencies)
+    expected = model.bin_priors.weight[batch["input_ids"]] + context[:, None]
+    torch.testing.assert_close(outputs.logits, expected)
+    torch.testing.assert_close(outputs.cell_logits, expected)
+
+
+def test_what_was_counted_is_saved_and_not_learned(config, tmp_path):
+    model = PanFoMaForMaskedExpression(config)
+    uniform = torch.full((51,), 1 / 51).log()
+    torch.testing.assert_close(model.log_bin_frequencies.detach(), uniform)
+    assert not model.log_bin_frequencies.requires_grad
+    model.log_bin_frequencies.copy_(torch.randn(51).log_softmax(0))
+    model.save_pretrained(tmp_path / "pretrained")
+    loaded = PanFoMaForMaskedExpression.from_pretrained(tmp_path / "pretrained")
+    torch.testing.assert_close(loaded.log_bin_frequencies, model.log_bin_frequencies)
+    # A checkpoint without it counts all bins as equally frequent.
+    PanFoMaModel(config).save_pretrained(tmp_path / "body")
+    loaded = PanFoMaForMaskedExpression.from_pretrained(tmp_path / "body")
+    torch.testing.assert_close(loaded.log_bin_frequencies.detach(), uniform)
 
 
 def test_without_a_masked_gene_there_are_no_bins_to_lose_on(config):
@@ -328,13 +389,14 @@ def test_the_presence_loss_asks_of_every_gene_whether_the_cell_expresses_it(with
     genes = model.get_input_embeddings().weight
     total = 0.0
     for row, cell in enumerate(cells):
-        expressed = set(cell["input_ids"][0].tolist()) - {77} | (set(withheld[row]) - {0} if withheld else set())
+        expressed = set(cell["input_ids"][0].tolist()) | (set(withheld[row]) - {0} if withheld else set())
+        assert 77 not in expressed
         loadings = model.presence_proj(outputs.pooler_output[row])
+        context = presence_context(model.presence_priors.weight[:, 0], torch.tensor([len(expressed)]))
         for gene in range(config.vocab_size):
-            logit = loadings @ genes[gene] + model.presence_priors.weight[gene, 0]
+            logit = loadings @ genes[gene] + model.presence_priors.weight[gene, 0] + context[0]
             torch.testing.assert_close(outputs.presence_logits[row, gene], logit, rtol=1e-4, atol=1e-5)
-            probability = torch.sigmoid(logit)
-            total -= (probability if gene in expressed else 1 - probability).log().item()
+            total -= torch.nn.functional.logsigmoid((logit if gene in expressed else -logit).double()).item()
     # For each labelled gene, as the other losses.
     assert outputs.presence_loss.item() == pytest.approx(total / 8, rel=1e-5)
     halved = model(**batch, labels=labels, **given, num_items_in_batch=torch.tensor(16))

@@ -66,7 +66,10 @@ def pretrain(
         typer.Option("--set", help="NAME=VALUE, over the recipe: any argument of pretrain() or Trainer."),
     ] = None,
     probes: Annotated[
-        list[str] | None, typer.Option("--probe", help="A study with cell types, scored after each evaluation.")
+        list[str] | None,
+        typer.Option(
+            "--probe", help="Labelled cells to score after each evaluation: a study of the corpus, or a file."
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last good checkpoint, if there is one.")
@@ -83,11 +86,16 @@ def pretrain(
 
     with _told():
         arguments = read_recipe(pretrain, recipe, changes or (), also=["probe"])
-        studies = [*arguments.pop("probe", ()), *(probes or ())]
+        probed = [*arguments.pop("probe", ()), *(probes or ())]
         opened = Corpus.open(corpus, streaming=bool(arguments.get("streaming")))
         if resume:
             arguments["resume"] = True
-        arguments["probes"] = {study: LinearProbe(opened, study) for study in studies}
+        arguments["probes"] = {
+            Path(name).stem: LinearProbe.of_cells(name, opened.tokenizer)
+            if Path(name).exists()
+            else LinearProbe.of_study(opened, name)
+            for name in probed
+        }
         trainer = pretrain(opened, out, **arguments)
         if trainer.is_world_process_zero():
             typer.echo(f"{out / 'model'} after {trainer.state.global_step:,} steps")

@@ -13,6 +13,7 @@ from scipy import stats
 from panfoma_hf import Corpus, LinearProbe, PanFoMaModel, build_corpus, cell_dataset
 from panfoma_hf.data.corpus import SourceList
 from panfoma_hf.evaluation import probes
+from panfoma_hf.evaluation.baselines import principal_components
 from panfoma_hf.evaluation.probes import (
     FEWEST_CELLS_OF_A_LABEL,
     ProbeScores,
@@ -320,7 +321,7 @@ def corpus(tokenizer, tmp_path_factory) -> Corpus:
 
 
 def test_a_probe_takes_the_labelled_cells_of_its_study(corpus):
-    probe = LinearProbe(corpus, "labelled")
+    probe = LinearProbe.of_study(corpus, "labelled")
     rows = [row for row in corpus.dataset().with_format(None) if row["study"] == "labelled" and row["cell_type"]]
     assert len(rows) == 48
     assert probe.labels.tolist() == [row["cell_type"] for row in rows]
@@ -328,37 +329,91 @@ def test_a_probe_takes_the_labelled_cells_of_its_study(corpus):
 
 
 def test_a_probe_of_many_cells_draws_some_the_same_each_time_with_their_labels(corpus):
-    probe, again = (LinearProbe(corpus, "labelled", most_cells=20) for _ in range(2))
+    probe, again = (LinearProbe.of_study(corpus, "labelled", most_cells=20) for _ in range(2))
     names = list(probe.dataset["cell_id"])
     assert list(again.dataset["cell_id"]) == names
     assert len(set(names)) == 20
     known = {row["cell_id"]: row["cell_type"] for row in corpus.dataset().with_format(None)}
     assert probe.labels.tolist() == [known[name] for name in names]
-    whole = list(LinearProbe(corpus, "labelled", most_cells=48).dataset["cell_id"])
+    whole = list(LinearProbe.of_study(corpus, "labelled", most_cells=48).dataset["cell_id"])
     assert len(whole) == 48
     assert names not in (whole[:20], whole[-20:])
 
 
 def test_a_probe_gives_the_mean_scores_of_its_cells_embeddings(corpus, monkeypatch):
     model = spread_out(PanFoMaModel(tiny_config(vocab_size=len(corpus.tokenizer))))
-    probe = LinearProbe(corpus, "labelled", label="cell_type")
+    probe = LinearProbe.of_study(corpus, "labelled", label="cell_type")
     scores = probe(model.train())
     assert model.training
     expected = linear_probe(embed_dataset(model, probe.dataset, corpus.tokenizer), probe.labels)
-    assert scores == pytest.approx({"accuracy": expected.accuracy.mean(), "macro_f1": expected.macro_f1.mean()})
+    assert scores["accuracy"] == pytest.approx(expected.accuracy.mean())
+    assert scores["macro_f1"] == pytest.approx(expected.macro_f1.mean())
     # What tells the labels is read, and what does not is not.
     told = np.where(probe.labels == "odd", 3.0, -3.0)[:, None]
     monkeypatch.setattr(probes, "embed_dataset", lambda *arguments: told)
-    assert probe(model) == {"accuracy": 1, "macro_f1": 1}
+    again = probe(model)
+    assert (again.pop("accuracy"), again.pop("macro_f1")) == (1, 1)
+    assert again == {key: scores[key] for key in ("random_accuracy", "random_macro_f1")}
+
+
+def test_a_probe_scores_random_weights_of_the_models_shape_once_and_draws_nothing(corpus, monkeypatch):
+    model = spread_out(PanFoMaModel(tiny_config(vocab_size=len(corpus.tokenizer))))
+    probe = LinearProbe.of_study(corpus, "labelled")
+    torch.manual_seed(0)
+    expected = linear_probe(
+        embed_dataset(PanFoMaModel(model.config), probe.dataset, corpus.tokenizer), probe.labels
+    ).accuracy.mean()
+    torch.manual_seed(7)
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    scores = probe(model)
+    torch.testing.assert_close(torch.rand(3), drawn)
+    assert scores["random_accuracy"] == pytest.approx(expected)
+    embedded = []
+    monkeypatch.setattr(
+        probes, "embed_dataset", lambda model, *others: embedded.append(model) or embed_dataset(model, *others)
+    )
+    assert probe(model) == scores
+    assert embedded == [model]
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_probe_of_cells_scores_principal_components_of_their_counts_too(as_file, corpus, tokenizer, tmp_path):
+    cells = ad.read_h5ad(corpus.folder.parent / "labelled.h5ad")
+    cells.obs["cell_type"] = cells.obs["type"].astype(object).where(cells.obs["type"] != "?", None)
+    known = cells[cells.obs["cell_type"].notna()].copy()
+    expected = linear_probe(lambda train: principal_components(known, train), known.obs["cell_type"])
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    probe = LinearProbe.of_cells(tmp_path / "cells.h5ad" if as_file else cells, tokenizer)
+    assert probe.labels.tolist() == known.obs["cell_type"].tolist()
+    scores = probe(spread_out(PanFoMaModel(tiny_config(vocab_size=len(tokenizer)))))
+    assert scores["components_accuracy"] == pytest.approx(expected.accuracy.mean())
+    assert scores["components_accuracy"] > 0.9
+    assert scores["components_macro_f1"] == pytest.approx(expected.macro_f1.mean())
+    # The tokens are those that the corpus has of these cells.
+    same = LinearProbe.of_study(corpus, "labelled")
+    for mine, theirs in zip(probe.dataset, same.dataset, strict=True):
+        assert mine["input_ids"].tolist() == theirs["input_ids"].tolist()
+        assert mine["expression_bins"].tolist() == theirs["expression_bins"].tolist()
+
+
+def test_cells_that_cannot_be_probed_are_an_error_that_says_why(adata, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"a column of obs, got 'lineage'"):
+        LinearProbe.of_cells(adata, tokenizer, label="lineage")
+    adata.obs["cell_type"] = None
+    with pytest.raises(ValueError, match=r"without 'cell_type'"):
+        LinearProbe.of_cells(adata, tokenizer)
+    with pytest.raises(FileNotFoundError):
+        LinearProbe.of_cells(tmp_path / "nothing.h5ad", tokenizer)
 
 
 def test_a_study_without_labels_is_an_error_that_names_it(corpus):
-    with pytest.raises(ValueError, match=r"got 60 cells of 'other' without 'cell_type'\. Choose a study that has it"):
-        LinearProbe(corpus, "other")
+    with pytest.raises(ValueError, match=r"got 60 cells of 'other' without 'cell_type'\. Choose one that has it"):
+        LinearProbe.of_study(corpus, "other")
     with pytest.raises(ValueError, match=r"got 60 cells of 'labelled' without 'tissue'"):
-        LinearProbe(corpus, "labelled", label="tissue")
+        LinearProbe.of_study(corpus, "labelled", label="tissue")
 
 
 def test_a_study_that_is_not_there_is_an_error_that_says_which_are(corpus):
     with pytest.raises(ValueError, match=r"got '?brain.*labelled, other"):
-        LinearProbe(corpus, "brain")
+        LinearProbe.of_study(corpus, "brain")

@@ -1,8 +1,10 @@
 """How much a linear classifier reads from embeddings that are left as they are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import torch
 from datasets import Dataset
@@ -14,10 +16,13 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
 
 from ..data import schema
+from ..data.cells import MIN_COVERAGE, name_of, read_cells, tokenize
 from ..data.collator import DataCollatorForCells
 from ..data.corpus import Corpus
+from ..data.dataset import cell_dataset
 from ..modeling import PanFoMaModel
 from ..tokenization import PanFoMaTokenizer
+from .baselines import principal_components
 from .metrics import classification_metrics
 
 
@@ -75,6 +80,7 @@ def linear_probe(
     labels: Sequence[str],
     *,
     groups: Sequence[str] | None = None,
+    asked: np.ndarray | None = None,
     num_splits: int = 5,
     test_size: float = 0.3,
     seed: int = 0,
@@ -90,6 +96,8 @@ def linear_probe(
         (cells,), names to learn.
     groups
         (cells,), such as donors, which are not divided between the sides; None splits within each label.
+    asked
+        (cells, hidden), embeddings of held-out cells in place of ``embeddings``, such as of cells read in part.
     num_splits, test_size, seed
         Number of splits, share of cells (or groups) held out, and seed of the splits; compare on the same ones only.
 
@@ -115,7 +123,7 @@ def linear_probe(
         train, test = rows[train], rows[test]
         features = embeddings(train) if callable(embeddings) else embeddings
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        predicted = probe.fit(features[train], labels[train]).predict(features[test])
+        predicted = probe.fit(features[train], labels[train]).predict((features if asked is None else asked)[test])
         metrics = classification_metrics(labels[test], predicted)
         scores.append((metrics["accuracy"], metrics["macro_f1"], len(test) / len(train)))
     accuracy, macro_f1, shares = np.array(scores).T
@@ -146,44 +154,133 @@ def embed_dataset(
 
 
 class LinearProbe:
-    """Linear probe on labelled cells of a corpus, for `pretrain(probes=...)`.
+    """Linear probe on labelled cells while a model is trained, for `pretrain(probes=...)`; see `of_study`, `of_cells`.
 
     Parameters
     ----------
-    corpus
-        The corpus.
-    study
-        A study with labels, best one that is held out.
-    label
-        Column with the names to learn; cells without one are left out.
-    most_cells
-        Cells that are embedded, drawn once.
-
-    Raises
-    ------
-    ValueError
-        If the study has no labelled cells.
+    dataset
+        Tokenized cells.
+    labels
+        (cells,), their names.
+    tokenizer
+        Pads them.
+    others
+        Scores of other embeddings of the same cells, by name; given with each of the model's.
     """
 
-    def __init__(self, corpus: Corpus, study: str, *, label: str = schema.CELL_TYPE, most_cells: int = 500):
+    def __init__(
+        self,
+        dataset: Dataset,
+        labels: np.ndarray,
+        tokenizer: PanFoMaTokenizer,
+        others: Mapping[str, ProbeScores] | None = None,
+    ):
+        self.dataset, self.labels, self.tokenizer = dataset, labels, tokenizer
+        self.others = dict(others or {})
+
+    @classmethod
+    def of_study(
+        cls, corpus: Corpus, study: str, *, label: str = schema.CELL_TYPE, most_cells: int = 500
+    ) -> "LinearProbe":
+        """Of a corpus' labelled cells.
+
+        Parameters
+        ----------
+        corpus
+            The corpus.
+        study
+            A study with labels, best one that is held out.
+        label
+            Column with the names to learn; cells without one are left out.
+        most_cells
+            Cells that are embedded, drawn once.
+
+        Raises
+        ------
+        ValueError
+            If the study is not there or has no labelled cells.
+        """
         if study not in corpus.groups.names["studies"]:
             raise ValueError(
-                f"A probe needs a study of the corpus, got {study}. It has {', '.join(corpus.groups.names['studies'])}."
+                f"A probe needs a study of the corpus or a file, got {study}. The corpus has "
+                f"{', '.join(corpus.groups.names['studies'])}."
             )
         rows = np.flatnonzero(corpus.groups.studies == corpus.groups.names["studies"].index(study))
         dataset = corpus.dataset().select(rows)
         labels = np.array(dataset.select_columns([label])[:][label], dtype=object)
-        known = np.flatnonzero([name is not None for name in labels])
-        if not len(known):
+        known = _drawn(np.array([name is not None for name in labels], dtype=bool), most_cells, study, label)
+        return cls(dataset.select(known), labels[known], corpus.tokenizer)
+
+    @classmethod
+    def of_cells(
+        cls,
+        cells: ad.AnnData | str | Path,
+        tokenizer: PanFoMaTokenizer,
+        *,
+        label: str = schema.CELL_TYPE,
+        most_cells: int = 500,
+        min_coverage: float = MIN_COVERAGE,
+    ) -> "LinearProbe":
+        """Of cells with their counts; principal components of the log-normalised counts are scored beside the model.
+
+        Parameters
+        ----------
+        cells
+            An AnnData, or a file of any format that `panfoma_hf.open_cells` reads.
+        tokenizer
+            The model's.
+        label, most_cells
+            As in `of_study`.
+        min_coverage
+            Share of the counts that must be known; see `panfoma_hf.embed`.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ImportError
+            If scanpy is not installed, which normalises counts.
+        ValueError
+            If there is no such column, no cell has a label, or expression is not usable.
+        """
+        name = name_of(cells)
+        cells = read_cells(cells)
+        if label not in cells.obs:
             raise ValueError(
-                f"A probe needs labelled cells, got {len(rows):,} cells of {study!r} without {label!r}. "
-                "Choose a study that has it."
+                f"A probe's label is a column of obs, got {label!r} for {name}, which has {', '.join(cells.obs)}. "
+                "Name one of these, or rename the column."
             )
-        if len(known) > most_cells:
-            known = np.sort(np.random.default_rng(0).choice(known, most_cells, replace=False))
-        self.dataset, self.labels, self.tokenizer = dataset.select(known), labels[known], corpus.tokenizer
+        cells = cells[_drawn(cells.obs[label].notna().to_numpy(), most_cells, name, label)].copy()
+        labels = cells.obs[label].astype(str).to_numpy()
+        tokens, _ = tokenize(cells, tokenizer, min_coverage=min_coverage, name=name)
+        components = linear_probe(lambda train: principal_components(cells, train), labels)
+        return cls(cell_dataset(tokens), labels, tokenizer, {"components": components})
 
     def __call__(self, model: PanFoMaModel) -> dict[str, float]:
-        """Mean accuracy and macro-F1 over five splits."""
-        scores = linear_probe(embed_dataset(model, self.dataset, self.tokenizer), self.labels)
-        return {"accuracy": float(scores.accuracy.mean()), "macro_f1": float(scores.macro_f1.mean())}
+        """Mean accuracy and macro-F1 over five splits: of the model; of random weights of its shape; of the others."""
+        with torch.random.fork_rng(devices=[]):  # training goes on to draw what it would have drawn
+            if "random" not in self.others:
+                torch.manual_seed(0)
+                self.others["random"] = self._scores(PanFoMaModel(model.config).to(model.device))
+            means = {"": self._scores(model)} | {f"{name}_": scores for name, scores in self.others.items()}
+        return {
+            f"{prefix}{metric}": float(getattr(scores, metric).mean())
+            for prefix, scores in means.items()
+            for metric in ("accuracy", "macro_f1")
+        }
+
+    def _scores(self, model: PanFoMaModel) -> ProbeScores:
+        return linear_probe(embed_dataset(model, self.dataset, self.tokenizer), self.labels)
+
+
+def _drawn(is_labelled: np.ndarray, most_cells: int, name: str, label: str) -> np.ndarray:
+    """Positions of labelled cells, drawn where there are too many; the same ones each time."""
+    known = np.flatnonzero(is_labelled)
+    if not len(known):
+        raise ValueError(
+            f"A probe needs labelled cells, got {len(is_labelled):,} cells of {name!r} without {label!r}. "
+            "Choose one that has it."
+        )
+    if len(known) > most_cells:
+        known = np.sort(np.random.default_rng(0).choice(known, most_cells, replace=False))
+    return known

@@ -77,7 +77,9 @@ def save_confusion_matrix(true: Sequence[str], predicted: Sequence[str], path: s
 def save_pretraining_curve(
     log: Sequence[dict[str, float]], path: str | Path, *, held_out: str = "held_out_donors"
 ) -> None:
-    """Draw loss and accuracy of pretraining against the cells seen, beside predictors without a model, and save it.
+    """Draw loss and accuracy of pretraining against steps, beside predictors without a model, and save it.
+
+    Where linear probes were asked on the way, a third panel has theirs, beside random weights and principal components.
 
     Parameters
     ----------
@@ -90,8 +92,12 @@ def save_pretraining_curve(
     """
     steps = [line for line in log if "gene_loss" in line]
     tests = [line for line in log if f"eval_{held_out}_gene_loss" in line]
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
+    probes = sorted(
+        {key.removesuffix("_random_accuracy") for line in log for key in line if key.endswith("_random_accuracy")}
+    )
+    panels = 3 if probes else 2
+    figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels)
     for axis, measure, context, simple, name in (
         (axes[0], "loss", "context_frequency_loss", "frequency_loss", "cross-entropy of masked bins"),
         (axes[1], "accuracy", "context_frequency_accuracy", "majority_accuracy", "accuracy of masked bins"),
@@ -110,5 +116,23 @@ def save_pretraining_curve(
                     tests[-1][f"eval_{held_out}_{key}"], color="0.3", ls=style, lw=1, label=f"no model, {label}"
                 )
         axis.set(xlabel="step", ylabel=name)
+    for index, probe in enumerate(probes):
+        points = [line for line in log if f"{probe}_accuracy" in line]
+        color = f"C{index}"
+        steps_of = [line["step"] for line in points]
+        found = [line[f"{probe}_accuracy"] for line in points]
+        axes[2].plot(steps_of, found, color=color, marker="o", ms=3, label=probe.removeprefix("eval_"))
+        for style, key, label in (("--", "random", "random weights"), (":", "components", "principal components")):
+            if f"{probe}_{key}_accuracy" in points[-1]:
+                axes[2].axhline(
+                    points[-1][f"{probe}_{key}_accuracy"],
+                    color=color,
+                    ls=style,
+                    lw=1,
+                    label=label if index == 0 else None,
+                )
+    if probes:
+        axes[2].set(xlabel="step", ylabel="accuracy of a linear probe, cell types", ylim=(0, 1))
+        axes[2].legend(fontsize=8)
     axes[0].legend(fontsize=8, title=f"dots: {held_out.replace('_', ' ')}; faint: training", title_fontsize=8)
     figure.savefig(path, dpi=150)

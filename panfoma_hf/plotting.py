@@ -132,7 +132,9 @@ def save_pretraining_curve(
                     label=label if index == 0 else None,
                 )
     if probes:
-        axes[2].set(xlabel="step", ylabel="accuracy of a linear probe, cell types", ylim=(0, 1))
+        axes[2].set(
+            xlabel="step", ylabel="accuracy of a linear probe, cell types", ylim=(0, 1), xlim=axes[0].get_xlim()
+        )
         axes[2].legend(fontsize=8)
     axes[0].legend(fontsize=8, title=f"dots: {held_out.replace('_', ' ')}; faint: training", title_fontsize=8)
     figure.savefig(path, dpi=150)

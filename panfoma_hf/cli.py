@@ -82,20 +82,24 @@ def pretrain(
     """
     from .data.corpus import Corpus
     from .evaluation.probes import LinearProbe
-    from .training import pretrain, read_recipe
+    from .training import PretrainingError, pretrain, read_recipe
 
-    with _told():
+    with _told(PretrainingError):
         arguments = read_recipe(pretrain, recipe, changes or (), also=["probe"])
-        probed = [*arguments.pop("probe", ()), *(probes or ())]
+        in_recipe = arguments.pop("probe", ())
+        probed = [*([in_recipe] if isinstance(in_recipe, str) else in_recipe), *(probes or ())]
         opened = Corpus.open(corpus, streaming=bool(arguments.get("streaming")))
         if resume:
             arguments["resume"] = True
-        arguments["probes"] = {
-            Path(name).stem: LinearProbe.of_cells(name, opened.tokenizer)
-            if Path(name).exists()
-            else LinearProbe.of_study(opened, name)
-            for name in probed
-        }
+        arguments["probes"] = {}
+        for name in probed:
+            is_file = Path(name).exists()
+            key = Path(name).stem if is_file else name
+            if key in arguments["probes"]:
+                raise ValueError(f"Each probe needs a name of its own, got {key!r} twice. Rename a file.")
+            arguments["probes"][key] = (
+                LinearProbe.of_cells(name, opened.tokenizer) if is_file else LinearProbe.of_study(opened, name)
+            )
         trainer = pretrain(opened, out, **arguments)
         if trainer.is_world_process_zero():
             typer.echo(f"{out / 'model'} after {trainer.state.global_step:,} steps")
@@ -181,15 +185,12 @@ def push(
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Print what went wrong without a traceback, and end with exit code 1."""
+def _told(*errors: type[Exception]) -> Iterator[None]:
+    """Print what went wrong without a traceback, these errors too, and end with exit code 1."""
     from .data.corpus import CorpusError
 
     try:
         yield
-    except (CorpusError, OSError, TypeError, ValueError, RuntimeError) as error:
-        # Errors of ours name rule, value and remedy; others of RuntimeError are not for users' eyes alone.
-        if type(error) is RuntimeError:
-            raise
+    except (CorpusError, OSError, ValueError, *errors) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

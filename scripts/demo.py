@@ -72,7 +72,7 @@ def print_table(rows: dict[str, dict[str, float]], num_cells: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--epochs", type=float, default=8)
+    parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--cells", type=int, help="use only so many cells, for a quick look")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -163,6 +163,8 @@ def run_report(run: Path) -> str:
     last = {key: value for line in log for key, value in line.items()}
     rows = []
     for name in ("held_out_donors", "held_out_cancer_types"):
+        if f"eval_{name}_gene_loss" not in last:
+            continue
         value = {key: last[f"eval_{name}_{key}"] for key in _MEASURED}
         rows += [
             [name.replace("_", " "), *row]
@@ -203,17 +205,21 @@ def main() -> None:
 
     model = AutoModel.from_pretrained(arguments.checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    # What can fail fails before an hour of embedding.
+    text = run_report(arguments.run) if arguments.run else ""
+    if arguments.report:
+        before, rest = arguments.report.read_text(encoding="utf-8").split(START)
+        after = rest.split(END)[1]
     results, lengths = {}, ""
     for name, cells, label, donor in labelled_sets(arguments.data, arguments.cells, arguments.sets):
         scores = probe_set(cells, label, donor, model, tokenizer, arguments.seeds)
         lengths = lengths or f"\n{name}, genes drawn at random:\n\n{length_table(cells, label, model, tokenizer)}"
         results[name] = scores, cells.n_obs, cells.obs[label].nunique(), donor
         print(name, *(f"{key} {show(mean_of(found).interval())}" for key, found in scores.items()), flush=True)
-    text = (run_report(arguments.run) if arguments.run else "") + probe_tables(results) + lengths
+    text += probe_tables(results) + lengths
     print(text)
     if arguments.report:
-        before, rest = arguments.report.read_text(encoding="utf-8").split(START)
-        arguments.report.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        arguments.report.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
         if arguments.run:
             log = json.loads((arguments.run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
             save_pretraining_curve(log, arguments.report.parent / "pretraining.png")

@@ -400,6 +400,9 @@ def test_a_probe_of_cells_scores_principal_components_of_their_counts_too(as_fil
 def test_cells_that_cannot_be_probed_are_an_error_that_says_why(adata, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"a column of obs, got 'lineage'"):
         LinearProbe.of_cells(adata, tokenizer, label="lineage")
+    adata.obs["cell_type"] = "the same"
+    with pytest.raises(ValueError, match="A probe needs two labels"):
+        LinearProbe.of_cells(adata, tokenizer)
     adata.obs["cell_type"] = None
     with pytest.raises(ValueError, match=r"without 'cell_type'"):
         LinearProbe.of_cells(adata, tokenizer)
@@ -412,6 +415,11 @@ def test_a_study_without_labels_is_an_error_that_names_it(corpus):
         LinearProbe.of_study(corpus, "other")
     with pytest.raises(ValueError, match=r"got 60 cells of 'labelled' without 'tissue'"):
         LinearProbe.of_study(corpus, "labelled", label="tissue")
+
+
+def test_labels_that_cannot_be_probed_are_an_error_before_a_run(corpus):
+    with pytest.raises(ValueError, match="A probe needs two labels of at least 5 cells"):
+        LinearProbe.of_study(corpus, "labelled", most_cells=8)
 
 
 def test_a_study_that_is_not_there_is_an_error_that_says_which_are(corpus):

@@ -107,14 +107,7 @@ def linear_probe(
         If fewer than two labels have five cells.
     """
     labels = np.asarray(labels).astype(str)
-    names, counts = np.unique(labels, return_counts=True)
-    kept = np.isin(labels, names[counts >= FEWEST_CELLS_OF_A_LABEL])
-    if len(set(labels[kept])) < 2:
-        raise ValueError(
-            f"A probe needs two labels of at least {FEWEST_CELLS_OF_A_LABEL} cells, got "
-            f"{dict(zip(names.tolist(), counts.tolist(), strict=True))}. Add cells, or take another column."
-        )
-    rows = np.flatnonzero(kept)
+    rows = _rows_of_common_labels(labels)
     splitter = (StratifiedShuffleSplit if groups is None else GroupShuffleSplit)(
         num_splits, test_size=test_size, random_state=seed
     )
@@ -128,6 +121,18 @@ def linear_probe(
         scores.append((metrics["accuracy"], metrics["macro_f1"], len(test) / len(train)))
     accuracy, macro_f1, shares = np.array(scores).T
     return ProbeScores(accuracy, macro_f1, float(shares.mean()))
+
+
+def _rows_of_common_labels(labels: np.ndarray) -> np.ndarray:
+    """Positions of cells whose label enough cells have; an error where that leaves fewer than two labels."""
+    names, counts = np.unique(labels, return_counts=True)
+    kept = np.isin(labels, names[counts >= FEWEST_CELLS_OF_A_LABEL])
+    if len(set(labels[kept])) < 2:
+        raise ValueError(
+            f"A probe needs two labels of at least {FEWEST_CELLS_OF_A_LABEL} cells, got "
+            f"{dict(zip(names.tolist(), counts.tolist(), strict=True))}. Add cells, or take another column."
+        )
+    return np.flatnonzero(kept)
 
 
 def embed_dataset(
@@ -175,6 +180,7 @@ class LinearProbe:
         tokenizer: PanFoMaTokenizer,
         others: Mapping[str, ProbeScores] | None = None,
     ):
+        _rows_of_common_labels(np.asarray(labels).astype(str))  # now, not hours into a run
         self.dataset, self.labels, self.tokenizer = dataset, labels, tokenizer
         self.others = dict(others or {})
 
@@ -260,7 +266,7 @@ class LinearProbe:
         """Mean accuracy and macro-F1 over five splits: of the model; of random weights of its shape; of the others."""
         with torch.random.fork_rng(devices=[]):  # training goes on to draw what it would have drawn
             if "random" not in self.others:
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)  # of the CPU alone: those of GPUs go on, too
                 self.others["random"] = self._scores(PanFoMaModel(model.config).to(model.device))
             means = {"": self._scores(model)} | {f"{name}_": scores for name, scores in self.others.items()}
         return {

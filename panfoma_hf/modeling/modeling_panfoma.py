@@ -821,7 +821,8 @@ class PanFoMaForMaskedExpression(PanFoMaPreTrainedModel):
             **kwargs,
         )
         context = bin_context(expression_bins, attention_mask, self.log_bin_frequencies)
-        priors = self.bin_priors(input_ids) + context[:, None].to(self.bin_priors.weight.device)
+        priors = self.bin_priors(input_ids)
+        priors = priors + context[:, None].to(priors.device)
         logits = self.gene_head(outputs.last_hidden_state) + priors.to(outputs.last_hidden_state.device)
         gene_ids = self.panfoma.get_input_embeddings()(input_ids).to(outputs.pooler_output.device)
         cell_logits = self.cell_head(self.cell_proj(outputs.pooler_output)[:, None] + self.gene_id_proj(gene_ids))

@@ -63,7 +63,7 @@ _ARGUMENTS_OF_A_RUN = (
     "adam_beta2",
     "optim",
     "max_grad_norm",
-    "bf16",
+    "mixed_precision",  # of `bf16`, `fp16`, or what `accelerate launch` was told
     "seed",
 )
 MODEL_FOLDER = "model"
@@ -173,6 +173,7 @@ def pretrain(
     cells = read(corpus, choice, arguments, batching, max_eval_cells)
 
     torch.manual_seed(arguments.seed)  # random weights follow the seed too
+    is_fresh = isinstance(model, PanFoMaConfig) or str(model) in SIZES
     start = _starting_model(model, tokenizer)
     check_tokenizer(tokenizer, start.config)
     for module in start.modules():
@@ -182,10 +183,12 @@ def pretrain(
         "corpus": corpus.fingerprint,
         **asdict(choice),
         "streaming": streaming,
-        "mask_ratio": list(np.atleast_1d(mask_ratio)),
-        "withhold_ratio": list(np.atleast_1d(withhold_ratio)),
+        "mask_ratio": np.atleast_1d(mask_ratio).astype(float).tolist(),
+        "withhold_ratio": np.atleast_1d(withhold_ratio).astype(float).tolist(),
         **{name: getattr(batching, name) for name in ("cells_per_batch", "tokens_per_batch", "max_genes")},
         "data_seed": batching.seed,
+        # Who reads which shards; from disk, batches do not depend on it.
+        **({"readers": [arguments.world_size, max(1, arguments.dataloader_num_workers)]} if streaming else {}),
         "dropout": dropout,
         "gene_factors": gene_factors,
         # Two processes read what one does that accumulates two batches.
@@ -196,9 +199,9 @@ def pretrain(
     }
     last = _begin(Path(output_dir), settings, resume)
     frequencies = BinFrequencies.of(cells.sample, len(tokenizer), tokenizer.num_expression_bins)
-    if last is None and not start.bin_priors.weight.any():  # a fresh model
+    if last is None and not start.bin_priors.weight.any():  # of a fresh model, or of one that had another head
         _start_from_frequencies(start, frequencies)
-        if gene_factors:
+        if gene_factors and is_fresh:
             _start_from_factors(start, cells.sample)
     trainer = PretrainingTrainer(
         model=start,
@@ -234,6 +237,11 @@ def _training_arguments(output_dir, given: Mapping[str, Any]) -> TrainingArgumen
             "logging_nan_inf_filter": False,  # it would hide what `require_finite` looks for
         }
     )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"Each GPU needs a process of its own, got one process that sees {arguments.n_gpu}. Start it by "
+            "`accelerate launch` (docs/pretraining.md), or show it one GPU: CUDA_VISIBLE_DEVICES=0."
+        )
     if arguments.save_total_limit == 1:
         raise ValueError(
             "`save_total_limit` must be at least 2, got 1: the last good checkpoint would be removed before the next "
@@ -368,7 +376,9 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> Path | None:
     if PartialState().is_main_process:
         remove_unfinished(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        scratch = folder / f".{SETTINGS_FILE}"
+        scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(path)
     PartialState().wait_for_everyone()
     return last
 

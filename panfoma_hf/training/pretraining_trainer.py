@@ -258,7 +258,7 @@ class PretrainingTrainer(PanFoMaTrainer):
         self._steps, self._seconds = 0, 0.0
         masked = max(counted["masked"], 1.0)
         if self._peak is None:
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            dtype = torch.float32 if self.args.mixed_precision == "no" else torch.bfloat16
             self._peak, source = peak_flops(self.args.device, dtype)
             logger.info(f"flop_utilisation is of {self._peak:.3g} FLOP/s ({source}) on each device")
         return {

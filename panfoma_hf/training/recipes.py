@@ -45,10 +45,7 @@ def read_recipe(
     """
     recipe: dict[str, Any] = {}
     if path is not None:
-        try:
-            recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=PlainYaml) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"A recipe is YAML, got {error} in {path}. Mend the file.") from error
+        recipe = _parsed(Path(path).read_text(encoding="utf-8"), str(path)) or {}
         if not isinstance(recipe, dict):
             raise ValueError(f"A recipe is a mapping of names to values, got {type(recipe).__name__} in {path}.")
     recipe = {name: _number(value) for name, value in recipe.items()}
@@ -56,7 +53,7 @@ def read_recipe(
         name, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"A change is `name=value`, got {change!r}. Write, for example, max_steps=1000.")
-        recipe[name.strip()] = _number(yaml.load(value, Loader=PlainYaml))
+        recipe[name.strip()] = _number(_parsed(value, change))
     own = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -73,6 +70,13 @@ def read_recipe(
                 f"{name!r}.{hint}"
             )
     return recipe
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return yaml.load(text, Loader=PlainYaml)
+    except yaml.YAMLError as error:
+        raise ValueError(f"A recipe is YAML, got {error} in {place}. Mend it.") from error
 
 
 def _number(value: Any) -> Any:

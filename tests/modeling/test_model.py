@@ -549,6 +549,21 @@ def test_layers_offloaded_to_disk_give_the_same_logits(config, tmp_path):
     torch.testing.assert_close(offloaded(**batch).logits, model(**batch).logits, **TOLERANCE)
 
 
+# Accelerate needs a place for a weight that is in no module, and warns that it is no module.
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match:UserWarning")
+def test_priors_offloaded_to_disk_give_the_same_logits(config, tmp_path):
+    model = spread_out(PanFoMaForMaskedExpression(config))
+    model.save_pretrained(tmp_path / "model")
+    device_map = dict.fromkeys((name for name, _ in model.named_children()), "cpu")
+    device_map |= {"bin_priors": "disk", "presence_priors": "disk", "log_bin_frequencies": "cpu"}
+    offloaded = PanFoMaForMaskedExpression.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    batch = pad_batch(random_cells([21, 9]))
+    for name in ("logits", "cell_logits", "presence_logits"):
+        torch.testing.assert_close(offloaded(**batch)[name], model(**batch)[name], **TOLERANCE)
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_token_embeddings_can_be_resized(head, config):
     model = head(config).eval()

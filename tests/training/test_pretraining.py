@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from scipy.optimize import brentq
 from scipy.special import expit, log_expit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModel, AutoModelForPreTraining, AutoTokenizer
+from transformers import AutoModel, AutoModelForPreTraining, AutoTokenizer, TrainingArguments
 from typer.testing import CliRunner
 
+from panfoma_hf import PanFoMaForCellClassification, save_checkpoint
 from panfoma_hf.cli import app
 from panfoma_hf.data.collator import DataCollatorForMaskedExpression
 from panfoma_hf.data.corpus import CorpusError
@@ -221,6 +222,15 @@ def test_weights_that_were_trained_before_are_not_started_again(easy, corpus, to
 
     monkeypatch.setattr(pretraining, "find_gene_factors", fail)
     run(corpus, tmp_path / "run", tokenizer, model=folder / "model", max_steps=1)
+    # Nor those of another head, which know no frequencies yet.
+    classifier = PanFoMaForCellClassification(tiny_model(tokenizer))
+    save_checkpoint(tmp_path / "classifier", classifier, tokenizer)
+    trainer = run(corpus, tmp_path / "other", tokenizer, model=tmp_path / "classifier", max_steps=1, learning_rate=0.0)
+    assert trainer.model.bin_priors.weight.any()
+    for (name, weight), other in zip(
+        trainer.model.panfoma.named_parameters(), classifier.panfoma.parameters(), strict=True
+    ):
+        torch.testing.assert_close(weight, other, rtol=0, atol=0, msg=name)
     with pytest.raises(AssertionError, match="looked for factors"):
         run(corpus, tmp_path / "fresh", tokenizer, max_steps=1)
 
@@ -475,6 +485,33 @@ def test_gradient_checkpointing_changes_nothing(corpus, tokenizer, tmp_path):
     assert losses(trainer) == pytest.approx(plain, rel=CLOSE)
 
 
+def test_what_accelerate_launch_says_of_precision_counts(corpus, tokenizer, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        pretraining_trainer, "peak_flops", lambda device, dtype: asked.append(dtype) or (PEAK_FLOPS, "made up")
+    )
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run(corpus, tmp_path / "run", tokenizer, max_steps=1)
+    assert asked == [torch.bfloat16]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["mixed_precision"] == "bf16"
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    with pytest.raises(PretrainingError, match="mixed_precision 'bf16' -> 'no'"):
+        run(corpus, tmp_path / "run", tokenizer, max_steps=1, resume=True)
+
+
+def test_one_process_does_not_take_several_gpus(corpus, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"got one process that sees 2\. Start it by `accelerate launch`"):
+        run(corpus, tmp_path / "run", tokenizer)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ratio", [0, [0, 0], np.float32(0)])
+def test_a_share_may_be_a_whole_number(ratio, corpus, tokenizer, tmp_path):
+    run(corpus, tmp_path / "run", tokenizer, withhold_ratio=ratio, max_steps=1)
+    assert set(json.loads((tmp_path / "run" / "run.json").read_text())["withhold_ratio"]) == {0.0}
+
+
 def test_bfloat16_stays_near_float32_and_its_weights_are_saved_in_float32(corpus, tokenizer, tmp_path):
     plain = losses(run(corpus, tmp_path / "plain", tokenizer))
     found = losses(run(corpus, tmp_path / "half", tokenizer, bf16=True))
@@ -702,6 +739,9 @@ def test_the_command_scores_a_probe_after_each_evaluation(corpus, tmp_path):
         (("--set", "max_steps=many"), "max_steps"),
         (("--set", "held_out_studies=lung"), "lung"),
         (("--probe", "lung"), "lung"),
+        (("--probe", "judged", "--probe", "judged"), "'judged' twice"),
+        (("--set", "probe=lung"), "got lung"),
+        (("--set", "mask_ratio=[0.15"), "A recipe is YAML"),
         (("--recipe", "nothing.yaml"), "nothing.yaml"),
     ],
 )

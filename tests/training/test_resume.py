@@ -233,6 +233,13 @@ def test_resume_begins_a_run_where_there_is_none(corpus, straight, tokenizer, tm
     same_run(trainer, tmp_path / "run", *straight)
 
 
+def test_a_stream_is_not_resumed_by_other_readers(corpus, tokenizer, tmp_path):
+    streamed = {**SETTINGS, "streaming": True, "max_steps": 2, "save_steps": 1}
+    run(corpus, tmp_path / "run", tokenizer, **streamed)
+    with pytest.raises(PretrainingError, match=r"readers \[1, 1\] -> \[1, 2\]"):
+        run(corpus, tmp_path / "run", tokenizer, resume=True, **streamed, dataloader_num_workers=2)
+
+
 def test_resuming_a_finished_run_does_no_step_and_gives_its_model_again(
     cut_off, straight, corpus, tokenizer, steps_done
 ):

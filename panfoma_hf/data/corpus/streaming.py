@@ -12,8 +12,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .. import schema
 from ..batches import Batching
 from ..cell_file import one_line
-from .choice import TRAIN, CellChoice
+from .choice import HELD_OUT_CANCER_TYPES, HELD_OUT_DONORS, TRAIN, CellChoice
 from .corpus import Corpus, CorpusError
+from .splits import PARTS
 
 
 # Shards that are read at the same time: their cells mix.
@@ -44,7 +45,7 @@ class StreamedCells(IterableDataset):
     Raises
     ------
     ValueError
-        If no shard can hold such cells; while reading without end, if none does.
+        If no shard can hold cells to learn from; while reading without end, if none does.
     """
 
     def __init__(
@@ -70,14 +71,26 @@ class StreamedCells(IterableDataset):
             for number, study in enumerate(studies)
             if measured[study] >= choice.min_genes_measured
             and not (purpose == TRAIN and study in choice.held_out_studies)
+            and self._may_hold(number)
         ]
-        if not self.shards:
+        if not self.shards and purpose == TRAIN:
             raise choice.nothing_left(corpus)
         # Of these shards; without reading them, cells of cancer types that are held out cannot be told.
         self.num_cells = sum(shards[number]["cells"] for number in self.shards)
         self.mean_length = corpus.manifest["totals"]["tokens"] / max(1, len(corpus))
 
+    def _may_hold(self, number: int) -> bool:
+        """Whether a shard can hold held-out cells, as far as its part of the split and the choice tell."""
+        if self.purpose == HELD_OUT_CANCER_TYPES:
+            return bool(self.choice.held_out_cancer_types)
+        if self.purpose == HELD_OUT_DONORS:
+            parts = self.parts[self.starts[number] : self.starts[number + 1]]
+            return bool((parts == PARTS.index("validation")).any())
+        return True
+
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        if not self.shards:
+            return
         info = get_worker_info()
         workers, worker = (1, 0) if info is None else (info.num_workers, info.id)
         readers = self.batching.num_processes * workers

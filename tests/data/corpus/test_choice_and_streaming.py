@@ -436,6 +436,27 @@ def test_a_sample_of_what_is_not_there_is_empty(corpus):
     assert none.features == schema.features()
 
 
+def test_shards_that_cannot_hold_held_out_cells_are_not_read(corpus, rows, monkeypatch):
+    opened, open_shard = [], Corpus.open_shard
+
+    def noted(self, shard):
+        opened.append(shard["path"])
+        return open_shard(self, shard)
+
+    monkeypatch.setattr(Corpus, "open_shard", noted)
+    assert len(gather(corpus, choose(held_out_cancer_types=[]), HELD_OUT_CANCER_TYPES, 10)) == 0
+    assert opened == []
+    parts, ends = corpus.split("donor"), np.cumsum([shard["cells"] for shard in corpus.manifest["shards"]])
+    without = [
+        shard["path"]
+        for shard, some in zip(corpus.manifest["shards"], np.split(parts, ends[:-1]), strict=True)
+        if not (some == PARTS.index("validation")).any()
+    ]
+    assert len(gather(corpus, choose(), HELD_OUT_DONORS, 10**6)) == len(rows_for(rows, HELD_OUT_DONORS))
+    assert opened
+    assert not set(opened) & set(without)
+
+
 # -- the Hub ---------------------------------------------------------------------------------------------------------
 
 

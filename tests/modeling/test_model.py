@@ -487,8 +487,8 @@ def test_bfloat16_autocast_trains(config):
 @pytest.mark.parametrize(
     ("head", "backend"),
     [
-        (PanFoMaForCellClassification, "aot_eager"),
         (PanFoMaForMaskedExpression, "aot_eager"),
+        pytest.param(PanFoMaForCellClassification, "aot_eager", marks=pytest.mark.slow),
         pytest.param(PanFoMaForCellClassification, "inductor", marks=pytest.mark.slow),
     ],
 )

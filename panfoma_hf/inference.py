@@ -9,14 +9,13 @@ import pandas as pd
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from scipy.special import logsumexp, softmax
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from .data.cells import MIN_COVERAGE, Expression, name_of, tokenize, writable_cells
-from .data.collator import DataCollatorForCells
 from .data.dataset import cell_dataset
+from .data.forward import forward_cells
 from .modeling import PanFoMaForCellClassification, PanFoMaPreTrainedModel
 from .tokenization import CellTokens, PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
 from .version import __version__
@@ -100,6 +99,7 @@ def annotate(
     *,
     tokenizer: PanFoMaTokenizer | None = None,
     embedding_key: str | None = None,
+    min_score: float | None = None,
     layer: str | None = None,
     gene_column: str | None = None,
     min_coverage: float = MIN_COVERAGE,
@@ -112,7 +112,13 @@ def annotate(
     With ``<label>`` the name that the model was fine-tuned for, such as "cell_type", it writes
     ``obs["panfoma_<label>"]`` (categorical), ``obs["panfoma_<label>_score"]`` (the probability of that name),
     ``obsm["panfoma_<label>_proba"]`` (cells, labels) and where they came from to ``uns["panfoma"]``, with the names of
-    the columns of probabilities.
+    the columns of probabilities. A model of several tasks writes these for each of them.
+
+    Where the model was calibrated (`panfoma_hf.finetune` does that on its validation cells), scores are calibrated
+    probabilities, cells below the score that keeps to the stated error are called "Unassigned" (if enough validation
+    cells vouch for it), and
+    ``obs["panfoma_<label>_unfamiliarity"]`` is the share of the validation cells that look more like the training cells
+    than this one does, by the energy of the logits (Liu et al., NeurIPS 2020): near 1 for a cell of another kind.
     A cell without an expressed gene is called "Unassigned", with a score of 0.
 
     Parameters
@@ -123,6 +129,8 @@ def annotate(
         A checkpoint (folder or Hub name) with a classifier, or such a model.
     embedding_key
         Key of ``obsm`` to write the embeddings of the same pass to, as `embed` does.
+    min_score
+        Score below which a cell is called "Unassigned"; None takes the checkpoint's own, 0 names every cell.
 
     Returns
     -------
@@ -150,22 +158,21 @@ def annotate(
             f"Cells are named by a model with a classifier, got {type(model).__name__}. Load the checkpoint with "
             "AutoModelForSequenceClassification, or use `panfoma_hf.embed`."
         )
-    if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+    is_named = config.label_tasks is not None or config.problem_type in (None, "single_label_classification")
+    if not is_named or config.num_labels < 2:
         raise ValueError(
             f"Cells are named by a single-label classifier, got problem_type {config.problem_type!r} with "
             f"{config.num_labels} labels. Call the model itself and read its logits, or use `embed`."
         )
     result = _run(tokens, expression, model, tokenizer, batch_size, progress)
 
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    empty = result.lengths == 0
-    called = np.where(empty, UNASSIGNED, np.array(names, dtype=object)[result.probabilities.argmax(1)])
-    categories = [*names, UNASSIGNED] if empty.any() and UNASSIGNED not in names else names
-    key = f"panfoma_{config.label_name or 'label'}"
-    adata.obs[key] = pd.Categorical(called, categories=categories)
-    adata.obs[f"{key}_score"] = np.where(empty, 0, result.probabilities.max(1)).astype(np.float32)
-    adata.obsm[f"{key}_proba"] = result.probabilities
-    written = {key: {**result.provenance, "labels": names}}
+    written, bounds = {}, np.cumsum([0, *(len(names) for names in config.tasks.values())])
+    for task, (label, names) in enumerate(config.tasks.items()):
+        key = f"panfoma_{label}"
+        calibration = (config.calibration or {}).get(label, {})
+        logits = result.logits[:, bounds[task] : bounds[task + 1]]
+        _write_names(adata, key, names, logits, result.lengths == 0, calibration, min_score)
+        written[key] = {**result.provenance, "labels": names, "min_score": _min_score(calibration, min_score)}
     if embedding_key is not None:
         adata.obsm[embedding_key] = result.embeddings
         written[embedding_key] = result.provenance
@@ -173,12 +180,45 @@ def annotate(
     return adata
 
 
+def _min_score(calibration: dict, min_score: float | None) -> float:
+    """The score below which cells are left unassigned; 0 where nothing asks for one, or too few cells vouch for it."""
+    if min_score is not None:
+        return float(min_score)
+    return float(calibration["unassigned_threshold"]) if calibration.get("is_certified") else 0.0
+
+
+def _write_names(
+    adata: ad.AnnData,
+    key: str,
+    names: list[str],
+    logits: np.ndarray,
+    is_empty: np.ndarray,
+    calibration: dict,
+    min_score: float | None,
+) -> None:
+    """Write one task's names, scores and probabilities; and how unfamiliar cells are, where that was calibrated."""
+    temperature = calibration.get("temperature", 1.0)
+    probabilities = softmax(logits / temperature, axis=1)
+    scores = np.where(is_empty, 0, probabilities.max(1)).astype(np.float32)
+    is_unassigned = is_empty | (scores < _min_score(calibration, min_score))
+    called = np.where(is_unassigned, UNASSIGNED, np.array(names, dtype=object)[probabilities.argmax(1)])
+    categories = [*names, UNASSIGNED] if is_unassigned.any() and UNASSIGNED not in names else names
+    adata.obs[key] = pd.Categorical(called, categories=categories)
+    adata.obs[f"{key}_score"] = scores
+    adata.obsm[f"{key}_proba"] = probabilities.astype(np.float32)
+    if energies := calibration.get("energies"):
+        energy = -temperature * logsumexp(logits / temperature, axis=1)
+        shares = np.linspace(0, 1, len(energies))
+        unfamiliar = np.interp(energy, energies, shares)
+        adata.obs[f"{key}_unfamiliarity"] = np.where(is_empty, 1, unfamiliar).astype(np.float32)
+
+
 @dataclass
 class _Result:
-    """Embeddings (cells, hidden), probabilities (cells, labels) or None, genes read of each cell, and provenance."""
+    """Embeddings (cells, hidden), logits (cells, labels) or None, genes read of each cell, and provenance."""
 
     embeddings: np.ndarray
-    probabilities: np.ndarray | None
+    logits: np.ndarray | None
     lengths: np.ndarray
     provenance: dict
 
@@ -221,32 +261,18 @@ def _run(
     progress: bool,
 ) -> _Result:
     warn_of_empty_cells(tokens.lengths)
-    # Cells of like length share a batch, so that little is padding; the longest come first, to fail early on memory.
-    order = np.argsort(-tokens.lengths, kind="stable")
-    loader = DataLoader(
-        cell_dataset(tokens).select(order),
+    is_classifier = hasattr(model, "classifier")
+    found = forward_cells(
+        model if is_classifier else model.base_model,
+        cell_dataset(tokens),
+        tokenizer,
+        outputs=["pooler_output", *(["logits"] if is_classifier else [])],
         batch_size=batch_size,
-        collate_fn=DataCollatorForCells(tokenizer, random=False),
+        progress=progress,
     )
-    embeddings, logits = [], []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for batch in tqdm(loader, desc="PanFoMa", unit="batch", disable=not progress):
-                batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
-                outputs = model.base_model(**batch)
-                embeddings.append(outputs.pooler_output.float().cpu())
-                if hasattr(model, "classifier"):
-                    logits.append(model.classifier(outputs.pooler_output).float().cpu())
-    finally:
-        model.train(was_training)
-
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
     return _Result(
-        embeddings=torch.cat(embeddings).numpy()[back],
-        probabilities=torch.cat(logits).softmax(-1).numpy()[back] if logits else None,
+        embeddings=found["pooler_output"],
+        logits=found.get("logits"),
         lengths=tokens.lengths,
         provenance={
             "checkpoint": str(model.name_or_path),

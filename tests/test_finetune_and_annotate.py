@@ -36,6 +36,8 @@ def test_finetuning_learns_and_saves_names_genes_and_code(trained, adata):
     assert config["id2label"] == {"0": "B cell", "1": "T cell", "2": "mast"}
     assert config["label_name"] == "cell_type"
     assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "finetuning.json",
         "config.json",
         "configuration_panfoma.py",
         "expression.py",

@@ -13,13 +13,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupShuffleSplit, StratifiedShuffleSplit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch.utils.data import DataLoader
 
 from ..data import schema
 from ..data.cells import MIN_COVERAGE, name_of, read_cells, tokenize
-from ..data.collator import DataCollatorForCells
 from ..data.corpus import Corpus
 from ..data.dataset import cell_dataset
+from ..data.forward import forward_cells
 from ..modeling import PanFoMaModel
 from ..tokenization import PanFoMaTokenizer
 from .baselines import principal_components
@@ -139,23 +138,7 @@ def embed_dataset(
     model: PanFoMaModel, dataset: Dataset, tokenizer: PanFoMaTokenizer, batch_size: int = 16
 ) -> np.ndarray:
     """(cells, hidden) float32, cell embeddings of a tokenized data set, in its order."""
-    order = np.argsort(-np.asarray(dataset.select_columns([schema.LENGTH])[:][schema.LENGTH]), kind="stable")
-    columns = dataset.select_columns([schema.INPUT_IDS, schema.EXPRESSION_BINS]).select(order)
-    collator = DataCollatorForCells(tokenizer, random=False)
-    was_training = model.training
-    model.eval()
-    try:
-        # Not inference mode: it would mark weights that a sharded model gathers as unfit for training.
-        with torch.no_grad():
-            batches = [
-                model(**{key: tensor.to(model.device) for key, tensor in batch.items()}).pooler_output.float().cpu()
-                for batch in DataLoader(columns, batch_size=batch_size, collate_fn=collator)
-            ]
-    finally:
-        model.train(was_training)
-    embeddings = np.empty((len(order), batches[0].shape[1]), dtype=np.float32)
-    embeddings[order] = torch.cat(batches).numpy()
-    return embeddings
+    return forward_cells(model, dataset, tokenizer, batch_size=batch_size)["pooler_output"]
 
 
 class LinearProbe:

@@ -82,6 +82,16 @@ class PanFoMaConfig(PreTrainedConfig):
     label_name
         What the labels of a classifier are called, such as ``"cell_type"``; names the columns that
         ``annotate`` writes.
+    label_tasks
+        Of a classifier with several tasks: the names of each one's labels, such as
+        ``{"cell_type": ["B cell", "T cell"], "is_malignant": ["False", "True"]}``. The logits of the tasks lie side by
+        side, and ``num_labels`` is their number in all. None for a single task, whose labels are in ``id2label``.
+    use_gene_logits
+        Whether a classifier adds a linear function of the bins to what it reads from the cell embedding: a logit of
+        each gene for each label, times the gene's bin as a share of the highest; Wide & Deep (Cheng et al., DLRS 2016).
+    calibration
+        What validation cells told of a classifier's output, by label name: ``temperature``, ``unassigned_threshold``
+        and what else `panfoma_hf.finetune` measured.
 
     Raises
     ------
@@ -95,6 +105,8 @@ class PanFoMaConfig(PreTrainedConfig):
     """
 
     model_type = "panfoma"
+    # Trainer gathers all other outputs as predictions.
+    keys_to_ignore_at_inference = ["pooler_output"]
 
     # Size of the packaged gene table; a test holds the two together.
     vocab_size: int = 25_533
@@ -129,6 +141,9 @@ class PanFoMaConfig(PreTrainedConfig):
     presence_loss_weight: float = 0.1
     pad_token_id: int = 0
     label_name: str | None = None
+    label_tasks: dict[str, list[str]] | None = None
+    use_gene_logits: bool = False
+    calibration: dict[str, dict] | None = None
 
     def __post_init__(self, **kwargs):
         if "num_hidden_layers" in kwargs:
@@ -145,6 +160,10 @@ class PanFoMaConfig(PreTrainedConfig):
             self.mask_bin_id = self.num_expression_bins + 1
         if self.pad_bin_id is None:
             self.pad_bin_id = self.num_expression_bins + 2
+        if self.label_tasks is not None:
+            names = [f"{task}: {name}" for task, labels in self.label_tasks.items() for name in labels]
+            kwargs["id2label"] = dict(enumerate(names))
+            kwargs["label2id"] = {name: index for index, name in enumerate(names)}
         self._check_rules()
         super().__post_init__(**kwargs)
 
@@ -185,6 +204,13 @@ class PanFoMaConfig(PreTrainedConfig):
     def mamba_intermediate_size(self) -> int:
         """Channels of each Mamba mixer."""
         return self.expand * self.hidden_size
+
+    @property
+    def tasks(self) -> dict[str, list[str]]:
+        """Names of the labels by task, in the order of the logits; a single task is called by ``label_name``."""
+        if self.label_tasks is not None:
+            return self.label_tasks
+        return {self.label_name or "label": [self.id2label[index] for index in range(self.num_labels)]}
 
     def _check_positive_integers(self):
         names = [
@@ -243,6 +269,11 @@ class PanFoMaConfig(PreTrainedConfig):
             raise ValueError(
                 f"`mask_bin_id` and `pad_bin_id` must differ, got {self.mask_bin_id} twice. "
                 "Leave both out to have them set."
+            )
+        if self.label_tasks is not None and not (self.label_tasks and all(self.label_tasks.values())):
+            raise ValueError(
+                f"`label_tasks` needs at least one task, and each of them a label, got {self.label_tasks!r}. "
+                "Leave it out for a single task, whose labels `id2label` names."
             )
         if not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(

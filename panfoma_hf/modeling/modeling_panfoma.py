@@ -21,7 +21,6 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_kernelized_func
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -91,6 +90,29 @@ class PanFoMaMaskedExpressionOutput(ModelOutput):
     gene_loss: Tensor | None = None
     cell_loss: Tensor | None = None
     presence_loss: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class PanFoMaClassifierOutput(ModelOutput):
+    """Output of `PanFoMaForCellClassification`.
+
+    Parameters
+    ----------
+    loss
+        Scalar, where labels were given.
+    logits
+        (batch, labels); of several tasks, side by side.
+    pooler_output
+        (batch, hidden), the cell embedding.
+    hidden_states, attentions
+        As in `PanFoMaModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -975,7 +997,8 @@ class PanFoMaForCellClassification(PanFoMaPreTrainedModel):
     """PanFoMa with a linear classifier on the cell embedding: cell type, cancer type, malignant or normal.
 
     The names of the classes are in ``config.id2label``; ``config.problem_type`` may be
-    "single_label_classification", "multi_label_classification" or "regression".
+    "single_label_classification", "multi_label_classification" or "regression". With ``config.label_tasks`` one model
+    answers several questions: each task's logits are a stretch of ``logits``, in the order of ``config.tasks``.
     """
 
     def __init__(self, config: PanFoMaConfig):
@@ -985,9 +1008,30 @@ class PanFoMaForCellClassification(PanFoMaPreTrainedModel):
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        if config.use_gene_logits:
+            self.gene_logits = nn.EmbeddingBag(config.vocab_size, config.num_labels, mode="sum")
         # Transformers picks its loss by class name, which names cells here, not sequences.
         self.loss_type = "ForSequenceClassification"
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.EmbeddingBag):
+            init.zeros_(module.weight)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in Transformers; genes that are new have no logits of their own."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        num_tokens = embeddings.num_embeddings
+        if self.config.use_gene_logits and num_tokens != self.gene_logits.num_embeddings:
+            old = self.gene_logits.weight
+            weight = old.new_zeros(num_tokens, self.num_labels)
+            kept = min(num_tokens, len(old))
+            weight[:kept] = old.detach()[:kept]
+            self.gene_logits = nn.EmbeddingBag(*weight.shape, mode="sum", _weight=weight)
+            self.gene_logits.requires_grad_(old.requires_grad)
+        return embeddings
 
     @can_return_tuple
     def forward(
@@ -1001,22 +1045,28 @@ class PanFoMaForCellClassification(PanFoMaPreTrainedModel):
         output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutput:
+    ) -> PanFoMaClassifierOutput:
         """Classify cells.
 
         Parameters
         ----------
         input_ids, expression_bins, attention_mask, inputs_embeds
-            As in `PanFoMaModel`.
+            As in `PanFoMaModel`; with ``config.use_gene_logits`` gene ids are needed.
         labels
             (batch,) integers for single-label problems, (batch, labels) floats for multi-label problems and
-            regression.
+            regression, (batch, tasks) integers for several tasks, -100 where a cell's label is not known.
         num_items_in_batch
             Labels of the whole optimiser step, which Trainer gives when it accumulates gradients.
 
         Returns
         -------
-        ``loss`` where labels are given, and ``logits`` (batch, labels).
+        ``loss`` where labels are given, ``logits`` (batch, labels), and ``pooler_output`` (batch, hidden), the cell
+        embeddings.
+
+        Raises
+        ------
+        ValueError
+            If the inputs do not fit together.
         """
         outputs = self.panfoma(
             input_ids,
@@ -1029,17 +1079,79 @@ class PanFoMaForCellClassification(PanFoMaPreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.pooler_output))
+        if self.config.use_gene_logits:
+            logits = logits + self._logits_of_genes(input_ids, expression_bins, attention_mask).to(logits.device)
         loss = None
-        if labels is not None:
+        if labels is not None and self.config.label_tasks is not None:
+            loss = multi_task_cross_entropy(logits, labels, self.config.tasks, num_items_in_batch)
+        elif labels is not None:
             loss = self.loss_function(
                 labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
             )
             if num_items_in_batch is not None and self.config.problem_type != "single_label_classification":
                 # Transformers' losses of these problems are means whatever the number of items.
                 loss = loss * (labels.numel() / num_items_in_batch)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return PanFoMaClassifierOutput(
+            loss=loss,
+            logits=logits,
+            pooler_output=outputs.pooler_output,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
+
+    def _logits_of_genes(self, input_ids, expression_bins, attention_mask) -> Tensor:
+        """(batch, labels), the sum of a cell's genes' logits, each times its bin as a share of the highest."""
+        if input_ids is None:
+            raise ValueError(
+                "`input_ids` are needed where genes have logits of their own, got None. "
+                "Pass what the tokenizer returns: `model(**tokenizer(...))`."
+            )
+        weight = self.gene_logits.weight
+        # Ids of [MASK] and [PAD] are no amounts.
+        bins = expression_bins.masked_fill(expression_bins > self.config.num_expression_bins, 0)
+        if attention_mask is not None:
+            bins = bins.masked_fill(~attention_mask.bool(), 0)
+        amounts = (bins.to(weight.dtype) / self.config.num_expression_bins).to(weight.device)
+        if input_ids.shape[1] == 0:
+            return weight.new_zeros(len(input_ids), self.num_labels)
+        return self.gene_logits(input_ids.to(weight.device), per_sample_weights=amounts)
+
+
+def multi_task_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    tasks: dict[str, list[str]],
+    num_items: Tensor | int | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of several tasks, averaged over the labels that are known.
+
+    Parameters
+    ----------
+    logits
+        (batch, labels), the tasks' logits side by side.
+    labels
+        (batch, tasks), ids within each task; -100 where a label is not known.
+    tasks
+        Names of the labels by task.
+    num_items
+        Known labels to average over; None counts those given, at least one.
+    weights
+        (labels,), of the classes; None for equal ones.
+    label_smoothing
+        Share of the target that is spread over all classes of its task.
+    """
+    logits, labels = logits.float(), labels.to(logits.device).long()
+    sizes = [len(names) for names in tasks.values()]
+    weights = [None] * len(sizes) if weights is None else weights.to(logits.device).split(sizes)
+    total = sum(
+        F.cross_entropy(
+            task, labels[:, index], weights[index], reduction="sum", label_smoothing=label_smoothing, ignore_index=-100
+        )
+        for index, task in enumerate(logits.split(sizes, dim=1))
+    )
+    return total / ((labels != -100).sum().clamp(min=1) if num_items is None else _on(logits, num_items))
 
 
 PanFoMaModel.register_for_auto_class("AutoModel")
@@ -1047,6 +1159,7 @@ PanFoMaForMaskedExpression.register_for_auto_class("AutoModelForMaskedLM")
 PanFoMaForCellClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = [
+    "PanFoMaClassifierOutput",
     "PanFoMaForCellClassification",
     "PanFoMaForMaskedExpression",
     "PanFoMaMaskedExpressionOutput",

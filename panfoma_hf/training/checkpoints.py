@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoModelForPreTraining, AutoTokenizer
@@ -15,11 +16,16 @@ from ..tokenization import PanFoMaTokenizer
 CHECKPOINT_FILES = re.compile(
     r".+\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer_config\.json|added_tokens\.json|genes\.tsv\.gz|"
     r"(configuration|modeling|tokenization)_panfoma\.py|selective_scan\.py|(reference|numba|triton)_kernels\.py|expression\.py|"
-    r"gene_names\.py|value_scale\.py|token_kernels\.py"
+    r"gene_names\.py|value_scale\.py|token_kernels\.py|README\.md|finetuning\.json"
 )
 
 
-def save_checkpoint(folder: str | Path, model: PanFoMaPreTrainedModel, tokenizer: PanFoMaTokenizer) -> Path:
+def save_checkpoint(
+    folder: str | Path,
+    model: PanFoMaPreTrainedModel,
+    tokenizer: PanFoMaTokenizer,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
     """Save a model with its tokenizer and the code that loads them without this package, whole or not at all.
 
     The folder appears when everything is written. An older checkpoint in its place is kept until then.
@@ -30,6 +36,8 @@ def save_checkpoint(folder: str | Path, model: PanFoMaPreTrainedModel, tokenizer
         Where to save; new, empty, or an older PanFoMa checkpoint to replace.
     model, tokenizer
         What belongs together.
+    texts
+        Further files by name, such as ``README.md``, as text.
 
     Returns
     -------
@@ -47,6 +55,8 @@ def save_checkpoint(folder: str | Path, model: PanFoMaPreTrainedModel, tokenizer
         new, old = Path(scratch, "new"), Path(scratch, "old")
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        for name, text in (texts or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
         if folder.exists():
             folder.rename(old)
         try:

@@ -1,32 +1,57 @@
-"""Fine-tuning: a thin recipe over `transformers.Trainer`."""
+"""Fine-tuning: a recipe over `transformers.Trainer`, judged beside simple methods on the same cells."""
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from datasets import Dataset
+from scipy.special import softmax
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, TrainingArguments
 from transformers.utils import logging
 
 from ..data.cells import MIN_COVERAGE, anndata_cells, name_of, read_cells, read_expression, tokenize
 from ..data.collator import DataCollatorForCells
 from ..data.dataset import cell_dataset
+from ..data.forward import forward_cells
+from ..data.splits import find_groups, find_leakage, split_cells
 from ..data.variable_genes import variable_genes
+from ..evaluation.baselines import CLASSIFIERS
+from ..evaluation.calibration import energy, expected_calibration_error, fit_temperature, unassigned_threshold
+from ..evaluation.metrics import classification_metrics
+from ..evaluation.probes import embed_dataset
 from ..modeling import PanFoMaConfig, PanFoMaForCellClassification
 from ..modeling.configuration_panfoma import SIZES
 from ..shipped import checkpoint
 from ..tokenization import PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
+from ..tokenization.value_scale import COUNTS
 from .checkpoints import check_replaceable, save_checkpoint
-from .trainer import PanFoMaTrainer
+from .heads import (
+    EMBEDDING_STRENGTH,
+    EMBEDDING_STRENGTHS,
+    GENE_STRENGTH,
+    GENE_STRENGTHS,
+    MOST_CELLS,
+    add_gene_logits,
+    bins_matrix,
+    cross_entropy,
+    pool,
+    solve,
+    standardised,
+    write_classifier,
+)
+from .report import model_card, report_file, score_table
+from .trainer import KeepBest, PanFoMaTrainer
 
 
 logger = logging.get_logger(__name__)
 
-# A fresh model learns with these: 1e-3 needs the small initialisation of the embeddings. See docs/log.md.
+# How each was settled is in docs/log.md.
 DEFAULT_ARGUMENTS = {
     "num_train_epochs": 5,
     "per_device_train_batch_size": 32,
@@ -40,6 +65,17 @@ DEFAULT_ARGUMENTS = {
     "save_strategy": "no",
     "report_to": "none",
 }
+MODES = ("full", "lora", "probe")
+# Rank and scale of the adapters, and the layers that have one: all that multiply by a matrix.
+LORA_RANK, LORA_SCALE = 8, 16
+LORA_LAYERS = ["qkv_proj", "out_proj", "mlp_up_proj", "mlp_down_proj", "in_proj", "x_proj", "gate_proj"]
+# Variable genes that are read unless another set is asked for.
+NUM_GENES = 1000
+# Power of a class' number of cells by which it weighs in the loss.
+CLASS_WEIGHT_POWER = 0.5
+BASELINES = ("majority", "hvg_logistic_regression")
+# Points of the validation cells' energies that are kept.
+ENERGY_POINTS = 101
 
 
 def balanced_class_weights(labels: np.ndarray, num_labels: int, power: float) -> torch.Tensor:
@@ -48,154 +84,563 @@ def balanced_class_weights(labels: np.ndarray, num_labels: int, power: float) ->
     Parameters
     ----------
     labels
-        (cells,), class ids; every class occurs.
+        (cells,), class ids; negative ones do not count.
     num_labels
         Number of classes.
     power
         0 for equal weights, 1 for weights that give every class the same say.
     """
-    counts = np.bincount(labels, minlength=num_labels).astype(np.float64)
-    weights = counts**-power
+    labels = np.asarray(labels)
+    counts = np.bincount(labels[labels >= 0], minlength=num_labels).astype(np.float64)
+    weights = np.maximum(counts, 1) ** -power
     return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
 
 
 def finetune(
     cells: ad.AnnData | str | Path,
-    label: str,
+    label: str | Sequence[str],
     output_dir: str | Path,
     *,
     model: str | Path | PanFoMaConfig | None = None,
-    validation: ad.AnnData | str | Path | None = None,
-    gene_set: int | Sequence[str] | None = None,
+    mode: str = "full",
+    validation: ad.AnnData | str | Path | float | None = 0.15,
+    groups: str | None = "auto",
+    gene_set: int | Sequence[str] | str | None = "auto",
+    gene_logits: bool = True,
     class_weights: bool = True,
+    early_stopping: int | None = 3,
+    max_error: float = 0.05,
+    baselines: bool = True,
+    seeds: Sequence[int] | None = None,
     layer: str | None = None,
     gene_column: str | None = None,
     min_coverage: float = MIN_COVERAGE,
     **training_arguments,
 ) -> PanFoMaTrainer:
-    """Fine-tune PanFoMa to name cells, and save the checkpoint.
+    """Fine-tune PanFoMa to name cells, compare it with simple methods on the same cells, and save the checkpoint.
+
+    The classifier starts as logistic regression on the embeddings, and the rest of the model is trained from there, as
+    Kumar et al. (ICLR 2022) advise. The weights that were best on the validation cells are kept. Then logistic regression on the
+    bins of genes joins it (``config.use_gene_logits``), each weighed as the validation cells ask for. On these, too,
+    probabilities are calibrated and the score is found below which `panfoma_hf.annotate` leaves cells "Unassigned".
 
     Parameters
     ----------
     cells
         Training cells: an AnnData, or a file of any format that `panfoma_hf.open_cells` reads.
     label
-        Column of ``obs`` with the names to learn, such as "cell_type".
+        Column of ``obs`` with the names to learn, such as "cell_type"; or several columns, which one model learns
+        together. Of several, a cell may lack some.
     output_dir
-        Where the checkpoint goes: model, tokenizer and code.
+        Where the checkpoint goes: model, tokenizer, code, ``README.md`` with the scores as card data, and
+        ``finetuning.json`` with all that was measured.
     model
         A checkpoint (folder or Hub name) to start from; None takes the one that comes with the package,
         `panfoma_hf.checkpoint`. Or "small", "base" or "tiny", or a configuration, to start from random weights.
+    mode
+        "full" trains every weight; "lora" trains low-rank adapters by PEFT, which are merged into the weights that are
+        saved; "probe" trains nothing but the classifier, which takes one pass over the cells.
     validation
-        Cells that are scored after each epoch; never trained on.
+        Cells to choose and to calibrate on, never trained on; or the share of ``cells`` to hold out; or None, which
+        does without. Scores on them are a little optimistic where the weights were chosen by them.
+    groups
+        Column of ``obs`` whose values are not divided by the split, such as donors. "auto" takes the first of
+        `panfoma_hf.data.splits.GROUP_COLUMNS` that can be split by; None splits by cell.
     gene_set
         Genes to restrict cells to: a number of variable genes, found on the training cells, which must be counts then;
         or their names. Saved with the checkpoint and applied at inference. None reads every gene of the vocabulary, or
-        the set that the starting checkpoint has.
+        the set that the starting checkpoint has. "auto" finds 1,000 variable genes where the cells are counts and have
+        more, and the starting checkpoint has no set.
+    gene_logits
+        Whether logistic regression on the bins joins the network.
     class_weights
         Whether rare classes weigh more in the loss, by the inverse square root of their number of cells.
+    early_stopping
+        Evaluations (epochs, unless ``eval_strategy`` says otherwise) without a better macro-F1 after which training
+        stops; None trains to the end. The best weights are kept in either case.
+    max_error
+        Share of the named cells that may be wrong at the threshold of "Unassigned".
+    baselines
+        Whether the majority class and logistic regression on variable genes are scored on the same split.
+    seeds
+        Several seeds to train with; the model that is best on the validation cells is saved, the scores of all are
+        reported. None trains once, with ``seed``. The split is the same for all.
     layer, gene_column, min_coverage
         Where expression and gene names are, and the share of counts that must be known; see `panfoma_hf.annotate`.
     training_arguments
-        Anything that `transformers.TrainingArguments` takes, over the defaults in `DEFAULT_ARGUMENTS`. What Trainer
-        saves on the way (`save_strategy`) goes to ``<output_dir>-trainer``.
+        Anything that `transformers.TrainingArguments` takes, over the defaults in `DEFAULT_ARGUMENTS`, such as
+        ``label_smoothing_factor``. What Trainer saves on the way (`save_strategy`) goes to ``<output_dir>-trainer``.
 
     Returns
     -------
-    The trainer, whose ``model`` is trained and whose ``evaluate()`` gives accuracy and macro-F1.
+    The trainer, whose ``model`` is trained, whose ``evaluate()`` gives accuracy and macro-F1, and whose ``report`` holds
+    what ``finetuning.json`` does.
 
     Raises
     ------
     ValueError
-        If labels are missing or fewer than two, validation cells have other labels, or expression is not usable.
+        If labels are missing or fewer than two, validation cells have other labels, expression is not usable, or an
+        argument is none of those above.
     FileExistsError
         If ``output_dir`` holds something other than a checkpoint.
+    ImportError
+        If mode "lora" is asked for without PEFT.
     """
     check_replaceable(output_dir)
-    model = checkpoint() if model is None else model
-    name, validation_name = name_of(cells), name_of(validation)
-    cells = read_cells(cells)
-    names = sorted(set(_labels(cells, label)))
-    if len(names) < 2:
+    if mode not in MODES:
+        raise ValueError(f"`mode` is one of {', '.join(MODES)}, got {mode!r}. Use one of these.")
+    if seeds is not None and (not len(seeds) or validation is None):
         raise ValueError(
-            f"At least two labels are needed to learn a difference, got {names} in obs[{label!r}]. "
-            "Add cells of another label, or name another column."
+            f"Several seeds are compared on validation cells, got seeds {list(seeds)} and validation {validation!r}. "
+            "Give at least one seed, and validation cells or a share to hold out."
         )
-    validation = None if validation is None else read_cells(validation)
-
-    tokenizer = _starting_tokenizer(model)
-    reading = {"gene_column": gene_column, "min_coverage": min_coverage}
-    if isinstance(gene_set, Integral):
-        expression = read_expression(anndata_cells(cells, name), tokenizer, layer=layer, **reading)
-        gene_set = variable_genes(cells, gene_set, tokenizer, layer=expression.layer, gene_column=gene_column)
-    if gene_set is not None:
-        tokenizer.gene_set = gene_set
-    train_dataset = _labelled_dataset(cells, label, names, tokenizer, layer=layer, name=name, **reading)
-    eval_dataset = None
-    if validation is not None:
-        eval_dataset = _labelled_dataset(
-            validation, label, names, tokenizer, layer=layer, name=validation_name, **reading
-        )
-
-    train_labels = np.asarray(train_dataset["labels"])
-    arguments = {
-        **DEFAULT_ARGUMENTS,
-        "eval_strategy": "no" if eval_dataset is None else "epoch",
-        "dataloader_pin_memory": torch.cuda.is_available(),  # of no use elsewhere, and torch warns
-        **training_arguments,
-        "remove_unused_columns": False,  # batches are grouped by the column of lengths
+    model = checkpoint() if model is None else model
+    labels = [label] if isinstance(label, str) else list(label)
+    seed = training_arguments.pop("seed", 42) if seeds is None else seeds[0]
+    study = _read_study(
+        cells,
+        labels,
+        validation,
+        groups,
+        model,
+        gene_set,
+        seed,
+        layer=layer,
+        gene_column=gene_column,
+        min_coverage=min_coverage,
+    )
+    runs = [
+        _Run(study, model, mode, class_weights, early_stopping, gene_logits, one_seed, output_dir, training_arguments)
+        for one_seed in (seeds or [seed])
+    ]
+    for run in runs:
+        run.train()
+    best = max(runs, key=lambda run: run.rank())
+    report = study.report | {"mode": mode, "started_from": _name_of_model(model), "seed": best.seed}
+    report["seeds"] = {str(run.seed): run.scores for run in runs}
+    report["tasks"] = {
+        name: {**best.scores.get(name, {}), "calibration": best.calibrate(name, max_error)} for name in study.names
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        # Trainer makes its folder even when it saves nothing there.
-        arguments["output_dir"] = scratch if arguments["save_strategy"] == "no" else f"{output_dir}-trainer"
-        arguments = TrainingArguments(**arguments)
-        torch.manual_seed(arguments.seed)  # a fresh model's weights follow the seed too
-        classifier = _starting_model(model, names, label, tokenizer)
-        check_tokenizer(tokenizer, classifier.config)
-        trainer = PanFoMaTrainer(
-            model=classifier,
-            args=arguments,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=DataCollatorForCells(tokenizer),
-            processing_class=tokenizer,  # saved with every checkpoint that Trainer writes on the way
-            compute_metrics=_compute_metrics,
-            class_weights=balanced_class_weights(train_labels, len(names), power=0.5) if class_weights else None,
-        )
-        trainer.train()
-    classifier = trainer.accelerator.unwrap_model(trainer.model)
+    if baselines and study.validation is not None:
+        _add_baselines(report, study, layer, seed)
+    _add_warnings(report, study)
+
+    trainer = best.trainer
+    classifier = trainer.model
+    calibration = {name: task["calibration"] for name, task in report["tasks"].items() if task["calibration"]}
+    classifier.config.calibration = calibration or None
+    trainer.report = report
     if trainer.is_world_process_zero():
-        save_checkpoint(output_dir, classifier, tokenizer)
+        logger.warning(score_table(report))
+        texts = {"README.md": model_card(report, classifier.config), "finetuning.json": report_file(report)}
+        save_checkpoint(output_dir, classifier, study.tokenizer, texts)
     trainer.accelerator.wait_for_everyone()
     classifier.name_or_path = str(output_dir)  # not where it started from
     return trainer
 
 
-def _labels(cells: ad.AnnData, label: str) -> np.ndarray:
-    """(cells,), the names in a column of ``obs``, none of them missing."""
+@dataclass
+class _Study:
+    """What all seeds share: cells, tokens, names and labels of each task, and what is known of the split.
+
+    ``names`` are the tasks' labels; ``train_labels`` and ``validation_labels`` are (cells, tasks) ids, -100 where one
+    is not known.
+    """
+
+    names: dict[str, list[str]]
+    train: ad.AnnData
+    validation: ad.AnnData | None
+    tokenizer: PanFoMaTokenizer
+    train_labels: np.ndarray
+    validation_labels: np.ndarray | None
+    train_dataset: Dataset
+    validation_dataset: Dataset | None
+    report: dict = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of labels of each task."""
+        return [len(names) for names in self.names.values()]
+
+
+def _read_study(cells, labels, validation, groups, model, gene_set, seed, *, layer, **reading) -> _Study:
+    """Read and split the cells, choose the genes, and tokenize."""
+    name, validation_name = name_of(cells), "the validation cells"
+    cells = read_cells(cells)
+    known = [_labels(cells, label, may_lack=len(labels) > 1) for label in labels]
+    split = {"groups": None, "held_out": [], "leakage": []}
+    if isinstance(validation, (int, float)):
+        column = find_groups(cells.obs, labels[0], validation) if groups == "auto" else groups
+        train, held_out, split = _split(cells, known[0], column, validation, seed)
+        validation, cells = cells[held_out].copy(), cells[train].copy()
+    elif validation is not None:
+        validation_name = name_of(validation)
+        validation = read_cells(validation)
+        split["held_out"] = [validation_name]
+    names = {label: sorted(set(_known(_labels(cells, label, len(labels) > 1)))) for label in labels}
+    for label, of_label in names.items():
+        if len(of_label) < 2:
+            raise ValueError(
+                f"At least two labels are needed to learn a difference, got {of_label} in obs[{label!r}]. "
+                "Add cells of another label, or name another column."
+            )
+    if validation is not None:
+        leakage = find_leakage(cells, validation, labels[0])
+        split["leakage"] = leakage.messages()
+        if leakage.is_leak or leakage.telling_columns:
+            logger.warning("The split leaks, or may: " + " ".join(leakage.messages()))
+
+    tokenizer = _starting_tokenizer(model)
+    chosen = _gene_set(gene_set, cells, name, tokenizer, layer, reading)
+    if chosen is not None:
+        tokenizer.gene_set = chosen
+    train_ids, train_dataset = _labelled_dataset(cells, names, tokenizer, layer=layer, name=name, **reading)
+    validation_ids = validation_dataset = None
+    if validation is not None:
+        validation_ids, validation_dataset = _labelled_dataset(
+            validation, names, tokenizer, layer=layer, name=validation_name, **reading
+        )
+    report = {
+        "labels": {label: len(of_label) for label, of_label in names.items()},
+        "train_cells": cells.n_obs,
+        "validation_cells": 0 if validation is None else validation.n_obs,
+        "train_counts": {
+            label: dict(zip(of_label, np.bincount(ids[ids >= 0], minlength=len(of_label)).tolist(), strict=True))
+            for (label, of_label), ids in zip(names.items(), train_ids.T, strict=True)
+        },
+        "split": split,
+        "gene_set_size": len(tokenizer.gene_set or []),
+    }
+    return _Study(
+        names, cells, validation, tokenizer, train_ids, validation_ids, train_dataset, validation_dataset, report
+    )
+
+
+def _split(cells, labels, column, share, seed) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Positions to train on and to hold out, and what to report of that."""
+    rows = np.array([label is not None for label in labels])
+    if not rows.all():  # of several tasks: cells without the first one's label are trained on
+        labels = np.where(rows, labels, "")
+    if column is not None and column not in cells.obs:
+        raise ValueError(
+            f"`groups` must be a column of obs, got {column!r}; the columns are {sorted(cells.obs)}. Name one of "
+            "these, or pass None to split by cell."
+        )
+    labelled = np.flatnonzero(rows)
+    groups = None if column is None else cells.obs[column].iloc[labelled]
+    split = split_cells(labels[labelled], groups=groups, test_size=share, seed=seed)
+    held_out = labelled[split.test]
+    if split.only_in_test:
+        # Whoever fine-tunes wants these names learned; they are not scored then.
+        held_out = held_out[~np.isin(labels[held_out].astype(str), split.only_in_test)]
+        logger.warning(
+            f"Labels should be in several groups of {column!r} to be both learned and scored, got "
+            f"{', '.join(split.only_in_test)} in the held-out ones only. Their cells are trained on, not scored."
+        )
+    train = np.setdiff1d(np.arange(cells.n_obs), held_out)
+    if column is not None:  # other cells of the groups that are held out would leak
+        is_held_out = cells.obs[column].astype(str).isin(set(split.held_out)).to_numpy()
+        unlabelled = np.flatnonzero(~rows & is_held_out)
+        train = np.setdiff1d(train, unlabelled)
+    if split.only_in_train and column is not None:
+        logger.warning(f"No validation cell has the label {', '.join(split.only_in_train)}: it is not scored.")
+    return train, held_out, {"groups": column, "held_out": list(split.held_out), "leakage": []}
+
+
+def _gene_set(gene_set, cells, name, tokenizer, layer, reading) -> Sequence[str] | None:
+    """Names of the genes to read, None for those that the tokenizer has."""
+    is_auto = isinstance(gene_set, str) and gene_set == "auto"
+    if is_auto and (tokenizer.gene_set is not None or cells.n_vars <= NUM_GENES):
+        return None
+    if is_auto or isinstance(gene_set, Integral):
+        expression = read_expression(anndata_cells(cells, name), tokenizer, layer=layer, **reading)
+        if is_auto and expression.scale.kind != COUNTS:
+            return None
+        number = NUM_GENES if is_auto else gene_set
+        try:
+            return variable_genes(cells, number, tokenizer, layer=expression.layer, gene_column=reading["gene_column"])
+        except ImportError:
+            if not is_auto:
+                raise
+            logger.warning("Every gene is read: `pip install panfoma-hf[analysis]` finds the variable ones.")
+            return None
+    return gene_set
+
+
+def _labels(cells: ad.AnnData, label: str, may_lack: bool = False) -> np.ndarray:
+    """(cells,), the names in a column of ``obs``; None where one is missing, which is an error unless some may lack."""
     if label not in cells.obs:
         raise ValueError(
             f"`label` must be a column of obs, got {label!r}; the columns are {sorted(cells.obs)}. Name one of these."
         )
-    missing = int(cells.obs[label].isna().sum())
-    if missing:
+    is_missing = cells.obs[label].isna().to_numpy()
+    if is_missing.any() and not may_lack:
         raise ValueError(
-            f"Every cell needs a label, got {missing:,} of {cells.n_obs:,} without one in obs[{label!r}]. "
+            f"Every cell needs a label, got {int(is_missing.sum()):,} of {cells.n_obs:,} without one in obs[{label!r}]. "
             f"Leave them out: adata[adata.obs[{label!r}].notna()]."
         )
-    return cells.obs[label].astype(str).to_numpy()
+    names = cells.obs[label].astype(str).to_numpy(dtype=object)
+    names[is_missing] = None
+    return names
 
 
-def _labelled_dataset(cells, label, names, tokenizer, **reading):
-    labels = _labels(cells, label)
-    if unknown := set(labels) - set(names):
-        raise ValueError(
-            f"Validation cells must have labels of the training cells, got {sorted(unknown)} besides. "
-            "Leave these cells out, or put some of them into the training cells."
-        )
+def _known(labels: np.ndarray) -> list[str]:
+    return [label for label in labels if label is not None]
+
+
+def _labelled_dataset(cells, names, tokenizer, **reading) -> tuple[np.ndarray, Dataset]:
+    """(cells, tasks) ids of the labels, and the data set with them."""
+    ids = np.full((cells.n_obs, len(names)), -100, dtype=np.int64)
+    for task, (label, of_label) in enumerate(names.items()):
+        labels = _labels(cells, label, may_lack=len(names) > 1)
+        if unknown := set(_known(labels)) - set(of_label):
+            raise ValueError(
+                f"Validation cells must have labels of the training cells, got {sorted(unknown)} besides. "
+                "Leave these cells out, or put some of them into the training cells."
+            )
+        rows = np.array([name is not None for name in labels])
+        ids[rows, task] = np.searchsorted(of_label, labels[rows].astype(str))
     tokens, _ = tokenize(cells, tokenizer, **reading)
     warn_of_empty_cells(tokens.lengths)
-    return cell_dataset(tokens, labels=np.searchsorted(names, labels))
+    return ids, cell_dataset(tokens, ids if len(names) > 1 else ids[:, 0], has_tasks=len(names) > 1)
+
+
+class _Run:
+    """One seed's training."""
+
+    def __init__(
+        self, study, model, mode, class_weights, early_stopping, gene_logits, seed, output_dir, training_arguments
+    ):
+        self.study, self.start, self.mode, self.seed = study, model, mode, seed
+        self.early_stopping, self.gene_logits = early_stopping, gene_logits
+        self.output_dir, self.training_arguments = output_dir, training_arguments
+        power = CLASS_WEIGHT_POWER if class_weights else 0.0
+        self.class_weights = torch.cat(
+            [
+                balanced_class_weights(ids, size, power)
+                for ids, size in zip(study.train_labels.T, study.sizes, strict=True)
+            ]
+        )
+        self.logits: dict[str, np.ndarray] = {}
+        self.scores: dict[str, dict] = {}
+
+    def train(self) -> None:
+        """Train, add the genes' logits, and score on the validation cells."""
+        study = self.study
+        has_validation = study.validation is not None
+        arguments = {
+            **DEFAULT_ARGUMENTS,
+            "eval_strategy": "epoch" if has_validation else "no",
+            "eval_on_start": has_validation,
+            "dataloader_pin_memory": torch.cuda.is_available(),  # of no use elsewhere, and torch warns
+            **self.training_arguments,
+            "seed": self.seed,
+            "remove_unused_columns": False,  # batches are grouped by the column of lengths
+        }
+        with tempfile.TemporaryDirectory() as scratch:
+            # Trainer makes its folder even when it saves nothing there.
+            arguments["output_dir"] = scratch if arguments["save_strategy"] == "no" else f"{self.output_dir}-trainer"
+            arguments = TrainingArguments(**arguments)
+            torch.manual_seed(arguments.seed)  # a fresh model's weights follow the seed too
+            classifier = _starting_model(self.start, study.names, study.tokenizer)
+            check_tokenizer(study.tokenizer, classifier.config)
+            classifier.to(arguments.device)
+            if self._is_pretrained or self.mode == "probe":
+                self._solve_classifier(classifier)
+            trained = _with_adapters(classifier) if self.mode == "lora" else classifier
+            tasks = study.names if len(study.names) > 1 else None
+            self.trainer = PanFoMaTrainer(
+                model=trained,
+                args=arguments,
+                train_dataset=study.train_dataset,
+                eval_dataset=study.validation_dataset,
+                data_collator=DataCollatorForCells(study.tokenizer),
+                processing_class=study.tokenizer,  # saved with every checkpoint that Trainer writes on the way
+                compute_metrics=partial(_compute_metrics, names=study.names),
+                class_weights=self.class_weights,
+                tasks=tasks,
+            )
+            if has_validation and not self.trainer.is_fsdp_enabled:
+                self.trainer.add_callback(KeepBest("eval_macro_f1", self.early_stopping))
+            if self.mode != "probe":
+                self.trainer.train()
+        classifier = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if self.mode == "lora":
+            classifier = classifier.merge_and_unload()
+        self.trainer.model = self.trainer.model_wrapped = classifier
+        network = self._logits() if has_validation else None
+        if self.gene_logits:
+            self._add_gene_logits(classifier, network)
+        if has_validation:
+            self._score(self._logits() if self.gene_logits else network)
+
+    @property
+    def _is_pretrained(self) -> bool:
+        return not isinstance(self.start, PanFoMaConfig) and str(self.start) not in SIZES
+
+    def _solve_classifier(self, classifier: PanFoMaForCellClassification) -> None:
+        """Put logistic regression on the embeddings into the model."""
+        study = self.study
+        train, labels = study.train_dataset, study.train_labels
+        if len(train) > MOST_CELLS:
+            drawn = np.sort(np.random.default_rng(self.seed).choice(len(train), MOST_CELLS, replace=False))
+            train, labels = train.select(drawn), labels[drawn]
+        embeddings = embed_dataset(classifier.panfoma, train, study.tokenizer)
+        held_out = None
+        if study.validation_dataset is not None:
+            held_out = embed_dataset(classifier.panfoma, study.validation_dataset, study.tokenizer)
+
+        def solver(features, held_out):
+            told = None if held_out is None else (held_out, study.validation_labels)
+            strengths = EMBEDDING_STRENGTHS, EMBEDDING_STRENGTH
+            return solve(features, labels, study.sizes, self.class_weights.numpy(), told, *strengths, self.seed)
+
+        write_classifier(classifier, standardised(solver, embeddings, held_out))
+
+    def _add_gene_logits(self, classifier: PanFoMaForCellClassification, network: np.ndarray | None) -> None:
+        """Solve logistic regression on bins, and weigh it and the network by the validation cells."""
+        study = self.study
+        max_genes = study.tokenizer.model_max_length
+        told = None
+        if study.validation_dataset is not None:
+            told = bins_matrix(study.validation_dataset, classifier, max_genes), study.validation_labels
+        genes = solve(
+            bins_matrix(study.train_dataset, classifier, max_genes),
+            study.train_labels,
+            study.sizes,
+            self.class_weights.numpy(),
+            told,
+            GENE_STRENGTHS,
+            GENE_STRENGTH,
+            self.seed,
+        )
+        weights = np.full((len(study.sizes), 2), 0.5)
+        if told is not None:
+            weights = pool(network, genes(told[0]), told[1], study.sizes)
+        add_gene_logits(classifier, genes, weights)
+        self.gene_shares = (weights[:, 1] / weights.sum(1)).tolist()
+
+    def _logits(self) -> np.ndarray:
+        """(validation cells, labels), of the model as it is."""
+        # Not Trainer's `predict`: grouped by length, it gives cells in another order.
+        study = self.study
+        found = forward_cells(self.trainer.model, study.validation_dataset, study.tokenizer, outputs=["logits"])
+        return found["logits"].astype(np.float64)
+
+    def _score(self, logits: np.ndarray) -> None:
+        """Score every task on the validation cells that have its label."""
+        bounds = np.cumsum([0, *self.study.sizes])
+        for task, (name, of_task) in enumerate(self.study.names.items()):
+            rows = np.flatnonzero(self.study.validation_labels[:, task] >= 0)
+            if not len(rows):
+                continue
+            true = self.study.validation_labels[rows, task]
+            self.logits[name] = logits[rows, bounds[task] : bounds[task + 1]]
+            predicted = self.logits[name].argmax(1)
+            scores = classification_metrics(true, predicted)
+            scores["log_loss"] = cross_entropy(self.logits[name], true)
+            names = np.array(of_task, dtype=object)
+            self.scores[name] = {"validation_cells": len(rows), "scores": {"panfoma": scores}}
+            self.scores[name]["labels_predicted"] = sorted(set(names[predicted].tolist()))
+            if self.gene_logits:
+                self.scores[name]["share_of_gene_logits"] = round(self.gene_shares[task], 3)
+
+    def rank(self) -> tuple[float, float]:
+        """Mean macro-F1 over the tasks, then the loss: the higher the better."""
+        panfoma = [task["scores"]["panfoma"] for task in self.scores.values()]
+        if not panfoma:
+            return 0.0, 0.0
+        return tuple(
+            float(np.mean([sign * scores[key] for scores in panfoma]))
+            for key, sign in (("macro_f1", 1), ("log_loss", -1))
+        )
+
+    def calibrate(self, name: str, max_error: float) -> dict:
+        """Temperature, threshold of "Unassigned" and energies of a task, as the configuration keeps them."""
+        if name not in self.logits:
+            return {}
+        logits, task = self.logits[name], list(self.study.names).index(name)
+        true = self.study.validation_labels[:, task]
+        true = true[true >= 0]
+        temperature = fit_temperature(logits, true)
+        probabilities = softmax(logits / temperature, axis=1)
+        threshold = unassigned_threshold(probabilities, true, max_error)
+        return {
+            "temperature": temperature,
+            "calibration_error": expected_calibration_error(probabilities, true),
+            "calibration_error_before": expected_calibration_error(softmax(logits, axis=1), true),
+            "unassigned_threshold": threshold.value,
+            "unassigned_max_error": max_error,
+            "unassigned_error": threshold.error,
+            "assigned_share": threshold.coverage,
+            "is_certified": threshold.is_certified,
+            "energies": np.quantile(energy(logits, temperature), np.linspace(0, 1, ENERGY_POINTS)).round(4).tolist(),
+        }
+
+
+def _with_adapters(classifier: PanFoMaForCellClassification):
+    """The model with low-rank adapters, which alone are trained, with the classifier."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            "Mode 'lora' needs PEFT, which is not installed. Run `pip install panfoma-hf[lora]`, or use mode 'full'."
+        ) from error
+    adapters = LoraConfig(
+        r=LORA_RANK, lora_alpha=LORA_SCALE, target_modules=LORA_LAYERS, modules_to_save=["classifier"]
+    )
+    return get_peft_model(classifier, adapters)
+
+
+def _add_baselines(report: dict, study: _Study, layer: str | None, seed: int) -> None:
+    """Score simple methods on the very same cells; what cannot be run is noted."""
+    for task, (name, of_task) in enumerate(study.names.items()):
+        train, validation = (
+            cells[ids[:, task] >= 0].copy()
+            for cells, ids in ((study.train, study.train_labels), (study.validation, study.validation_labels))
+        )
+        if not validation.n_obs:
+            continue
+        if train.n_obs > MOST_CELLS:
+            drawn = np.random.default_rng(seed).choice(train.n_obs, MOST_CELLS, replace=False)
+            train = train[np.sort(drawn)].copy()
+            report["tasks"][name]["baseline_train_cells"] = MOST_CELLS
+        for baseline in BASELINES:
+            try:
+                predicted = CLASSIFIERS[baseline](train, validation, name, seed=seed, layer=layer)
+            except (ImportError, ValueError) as error:
+                report["tasks"][name].setdefault("not_scored", {})[baseline] = str(error)
+                continue
+            true = validation.obs[name].astype(str).to_numpy()
+            report["tasks"][name]["scores"][baseline] = classification_metrics(true, predicted.labels)
+
+
+def _add_warnings(report: dict, study: _Study) -> None:
+    """Say where the model predicts one class, or is behind a simple method."""
+    for name, task in report["tasks"].items():
+        task["warnings"] = []
+        scores = task.get("scores", {})
+        if len(task.get("labels_predicted", ())) == 1 and len(study.names[name]) > 1:
+            task["warnings"].append(
+                f"The model calls every validation cell {task['labels_predicted'][0]!r}: train longer, or lower the "
+                "learning rate."
+            )
+        for baseline in BASELINES:
+            if baseline in scores and scores[baseline]["macro_f1"] > scores["panfoma"]["macro_f1"]:
+                task["warnings"].append(
+                    f"The model is behind {baseline.replace('_', ' ')}, macro-F1 {scores['panfoma']['macro_f1']:.3f} "
+                    f"against {scores[baseline]['macro_f1']:.3f}: use that one, add cells, or train longer."
+                )
+        for warning in task["warnings"]:
+            logger.warning(f"{name}: {warning}")
+
+
+def _name_of_model(model) -> str:
+    if isinstance(model, PanFoMaConfig):
+        return "random weights"
+    if str(model) in SIZES:
+        return f"random weights of size {model}"
+    return "panfoma-small, which comes with the package" if str(model) == str(checkpoint()) else str(model)
 
 
 def _starting_tokenizer(model) -> PanFoMaTokenizer:
@@ -204,13 +649,20 @@ def _starting_tokenizer(model) -> PanFoMaTokenizer:
     return PanFoMaTokenizer() if str(model) in SIZES else AutoTokenizer.from_pretrained(model)
 
 
-def _starting_model(model, names, label, tokenizer) -> PanFoMaForCellClassification:
-    labels = {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": "single_label_classification",
-        "label_name": label,
-    }
+def _starting_model(model, names: dict[str, list[str]], tokenizer) -> PanFoMaForCellClassification:
+    label, of_label = next(iter(names.items()))
+    if len(names) > 1:
+        labels = {"label_tasks": names, "label_name": None, "problem_type": None}
+    else:
+        labels = {
+            "id2label": dict(enumerate(of_label)),
+            "label2id": {name: index for index, name in enumerate(of_label)},
+            "problem_type": "single_label_classification",
+            "label_name": label,
+            "label_tasks": None,
+        }
+    # The genes' logits are added at the end, and what an earlier fine-tune calibrated no longer holds.
+    labels |= {"use_gene_logits": False, "calibration": None}
     if isinstance(model, PanFoMaConfig):
         config = PanFoMaConfig(**{**model.to_dict(), **labels})
         return AutoModelForSequenceClassification.from_config(config)
@@ -218,19 +670,23 @@ def _starting_model(model, names, label, tokenizer) -> PanFoMaForCellClassificat
         config = PanFoMaConfig.from_size(str(model), vocab_size=len(tokenizer), **labels)
         return AutoModelForSequenceClassification.from_config(config)
     # A classifier of other labels gives its body; its last layer starts anew.
-    return AutoModelForSequenceClassification.from_pretrained(model, ignore_mismatched_sizes=True, **labels)
+    config = PanFoMaConfig.from_pretrained(model)
+    config = PanFoMaConfig(**{**config.to_dict(), "id2label": None, "label2id": None, **labels})
+    return AutoModelForSequenceClassification.from_pretrained(
+        model, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
 
 
-def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    predicted = prediction.predictions.argmax(-1)
-    majority = np.bincount(prediction.label_ids).max() / len(prediction.label_ids)
-    if len(np.unique(predicted)) == 1 and majority < 1:
-        logger.warning(
-            "The model calls every validation cell the same; train longer, or lower the learning rate. "
-            f"Its accuracy is to be read beside the majority class's {majority:.3f}."
-        )
-    return {
-        "accuracy": float(accuracy_score(prediction.label_ids, predicted)),
-        "macro_f1": float(f1_score(prediction.label_ids, predicted, average="macro", zero_division=0)),
-        "majority_accuracy": float(majority),
-    }
+def _compute_metrics(prediction: EvalPrediction, names: dict[str, list[str]]) -> dict[str, float]:
+    """Means over the tasks of accuracy, macro-F1 and the share of the majority class."""
+    logits = np.asarray(prediction.predictions)
+    ids = np.asarray(prediction.label_ids).reshape(len(logits), -1)
+    bounds = np.cumsum([0, *(len(of_task) for of_task in names.values())])
+    found = []
+    for task in range(len(names)):
+        rows = np.flatnonzero(ids[:, task] >= 0)
+        if len(rows):
+            predicted = logits[rows, bounds[task] : bounds[task + 1]].argmax(1)
+            scores = classification_metrics(ids[rows, task], predicted)
+            found.append({**scores, "majority_accuracy": float(np.bincount(ids[rows, task]).max() / len(rows))})
+    return {key: float(np.mean([scores[key] for scores in found])) for key in found[0]}

@@ -1,0 +1,249 @@
+"""PanFoMa behind the interface of `baselines`: pretrained, fine-tuned, from random weights; and methods by name."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import torch
+from transformers import AutoModel, AutoModelForPreTraining, AutoTokenizer, TrainingArguments
+
+from ..data.cells import tokenize
+from ..data.collator import DataCollatorForMaskedExpression
+from ..data.dataset import cell_dataset
+from ..inference import annotate, embed
+from ..modeling import PanFoMaModel
+from ..shipped import checkpoint
+from ..training import PanFoMaTrainer, finetune
+from .baselines import CLASSIFIERS, EMBEDDERS, Classifier, Embedder, Predictions, embedding_classifier, of_obsm
+
+
+# Files of small panels hold few of the genes' counts; what is scored says so itself.
+MIN_COVERAGE = 0.3
+KEY = "X_panfoma"
+# Passes over the cells when a model is adapted to them without labels.
+ADAPTING_EPOCHS = 3
+
+
+def finetuned(mode: str = "full", model: str | Path | None = None, **arguments) -> Classifier:
+    """PanFoMa fine-tuned on the training cells, a part of which is held out to choose and calibrate on.
+
+    Parameters
+    ----------
+    mode, model
+        As in `panfoma_hf.finetune`; "small" as model starts from random weights.
+    arguments
+        Further ones of `panfoma_hf.finetune`.
+    """
+
+    def classify(train, test, label, *, seed: int = 0, layer: str | None = None) -> Predictions:
+        with tempfile.TemporaryDirectory() as folder:
+            trained = _finetuned(train, label, folder, mode, model, seed, layer, arguments)
+            return _predictions(test, trained, label, layer)
+
+    return classify
+
+
+def trained_checkpoint(model: str | Path) -> Classifier:
+    """A fine-tuned checkpoint as it is; the training cells are not read."""
+
+    def classify(train, test, label, *, seed: int = 0, layer: str | None = None) -> Predictions:
+        return _predictions(test, model, label, layer)
+
+    return classify
+
+
+def pretrained(model: str | Path | PanFoMaModel | None = None, method: str = "knn") -> Classifier:
+    """Neighbours, or logistic regression, among embeddings of a model that was not fine-tuned.
+
+    Parameters
+    ----------
+    model
+        A checkpoint; None takes the one that comes with the package. "random" is its shape with random weights.
+    method
+        As in `baselines.embedding_classifier`.
+    """
+
+    def classify(train, test, label, *, seed: int = 0, layer: str | None = None) -> Predictions:
+        sides = []
+        for cells in (train, test):
+            side = ad.AnnData(obs=cells.obs[[label]].copy())
+            side.obsm[KEY] = embeddings(cells, model, seed=seed, layer=layer)
+            sides.append(side)
+        return embedding_classifier(KEY, method)(*sides, label, seed=seed)
+
+    return classify
+
+
+def embeddings(
+    cells: ad.AnnData, model: str | Path | PanFoMaModel | None = None, *, seed: int = 0, layer: str | None = None
+) -> np.ndarray:
+    """(cells, hidden), embeddings by a checkpoint; None and "random" as in `pretrained`."""
+    tokenizer = None
+    if model is None or model == "random":
+        is_random, model = model == "random", checkpoint()
+        if is_random:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            torch.manual_seed(seed)
+            model = PanFoMaModel(AutoModel.from_pretrained(model).config)
+    written = ad.AnnData(cells.X, obs=cells.obs[[]].copy(), var=cells.var, layers=cells.layers)
+    if cells.raw is not None:
+        written.raw = cells.raw.to_adata()
+    embed(written, model, tokenizer=tokenizer, layer=layer, min_coverage=MIN_COVERAGE, progress=False)
+    return written.obsm[KEY]
+
+
+def _finetuned(train, label, folder, mode, model, seed, layer, arguments) -> Path:
+    """Fine-tune into a folder; return the checkpoint."""
+    arguments = {"disable_tqdm": True, "baselines": False, "min_coverage": MIN_COVERAGE, **arguments}
+    out = Path(folder, "model")
+    finetune(train, label, out, mode=mode, model=model, seed=seed, layer=layer, **arguments)
+    return out
+
+
+def _predictions(test: ad.AnnData, model: str | Path, label: str, layer: str | None) -> Predictions:
+    cells = test.copy()
+    annotate(cells, model, layer=layer, min_coverage=MIN_COVERAGE, min_score=0, progress=False)
+    key = f"panfoma_{label}"
+    if key not in cells.uns["panfoma"]:
+        raise ValueError(
+            f"A checkpoint is scored on the label that it names, got {label!r} for {model}, which names "
+            f"{', '.join(name.removeprefix('panfoma_') for name in cells.uns['panfoma'])}. Pass that one, or rename the column."
+        )
+    return Predictions(np.array(cells.uns["panfoma"][key]["labels"]), cells.obsm[f"{key}_proba"].astype(np.float64))
+
+
+def supervised_embedder(mode: str, model: str | Path | None = None, *, output: str = "embedding", **arguments):
+    """Embeddings after fine-tuning on labels: a function of training cells, cells to embed, and the label.
+
+    Parameters
+    ----------
+    mode, model, arguments
+        As in `finetuned`.
+    output
+        "embedding", the network's (cells, hidden); or "logits", logarithms of the probabilities (cells, labels).
+    """
+
+    def run(train, cells, label, *, seed: int = 0, layer: str | None = None) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            trained = _finetuned(train, label, folder, mode, model, seed, layer, arguments)
+            if output == "logits":
+                return np.log(np.maximum(_predictions(cells, trained, label, layer).probabilities, 1e-6))
+            return embeddings(cells, trained, layer=layer)
+
+    return run
+
+
+def adapted_embedder(model: str | Path | None = None, *, epochs: float = ADAPTING_EPOCHS):
+    """Embeddings after pretraining goes on with the cells at hand, without their labels.
+
+    Parameters
+    ----------
+    model
+        A pretrained checkpoint; None takes the one that comes with the package.
+    epochs
+        Passes over the training cells.
+    """
+
+    def run(train, cells, label, *, seed: int = 0, layer: str | None = None) -> np.ndarray:
+        start = checkpoint() if model is None else model
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        tokens, _ = tokenize(train, tokenizer, layer=layer, min_coverage=MIN_COVERAGE)
+        body = AutoModelForPreTraining.from_pretrained(start, dtype=torch.float32)
+        collator = DataCollatorForMaskedExpression(tokenizer, mask_ratio=(0.15, 0.4), max_genes=512, seed=seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = TrainingArguments(
+                scratch,
+                num_train_epochs=epochs,
+                per_device_train_batch_size=16,
+                learning_rate=2e-4,
+                warmup_steps=0.1,
+                seed=seed,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                dataloader_pin_memory=torch.cuda.is_available(),
+            )
+            PanFoMaTrainer(
+                model=body, args=arguments, train_dataset=cell_dataset(tokens), data_collator=collator
+            ).train()
+            body.save_pretrained(Path(scratch, "model"))
+            tokenizer.save_pretrained(Path(scratch, "model"))
+            return embeddings(cells, Path(scratch, "model"), layer=layer)
+
+    return run
+
+
+def classifier_of(name: str | Callable) -> Classifier:
+    """A way to name cells, by its name.
+
+    Parameters
+    ----------
+    name
+        A key of `baselines.CLASSIFIERS`; "panfoma:full", "panfoma:lora" or "panfoma:probe" for `finetuned`, "random:full"
+        and so on from random weights, with ":CHECKPOINT" behind it from another one; "panfoma:knn" or "random:knn" for
+        `pretrained`; "checkpoint:FOLDER" for `trained_checkpoint`; "obsm:KEY" or "obsm:KEY:logistic_regression" for
+        embeddings that the cells bring; a function is passed through.
+
+    Raises
+    ------
+    ValueError
+        If there is no such method.
+    """
+    if callable(name):
+        return name
+    if name in CLASSIFIERS:
+        return CLASSIFIERS[name]
+    kind, _, rest = name.partition(":")
+    method, _, model = rest.partition(":")
+    if kind == "checkpoint" and rest:
+        return trained_checkpoint(rest)
+    if kind == "obsm" and method:
+        return embedding_classifier(method, model or "knn")
+    if kind in ("panfoma", "random") and method in ("full", "lora", "probe"):
+        return finetuned(method, "small" if kind == "random" else model or None)
+    if kind in ("panfoma", "random") and method in ("knn", "logistic_regression"):
+        return pretrained("random" if kind == "random" else model or None, method)
+    raise ValueError(
+        f"A method is one of {', '.join(CLASSIFIERS)}, panfoma:full, panfoma:lora, panfoma:probe, panfoma:knn, the same "
+        f"of random, checkpoint:FOLDER or obsm:KEY, got {name!r}. Use one of these, or pass a function."
+    )
+
+
+def embedder_of(name: str | Callable) -> tuple[Embedder | None, Callable | None]:
+    """A way to embed cells, by its name: one that learns nothing of their labels, or else one that is trained.
+
+    Parameters
+    ----------
+    name
+        A key of `baselines.EMBEDDERS`; "panfoma" or "random", as they are; "panfoma:adapted" by `adapted_embedder`;
+        "panfoma:full", "panfoma:lora" by `supervised_embedder`, and "panfoma:logits" its logits; "obsm:KEY"; a function is taken as an embedder.
+
+    Raises
+    ------
+    ValueError
+        If there is no such method.
+    """
+    if callable(name):
+        return name, None
+    if name in EMBEDDERS:
+        return EMBEDDERS[name], None
+    kind, _, method = name.partition(":")
+    if kind == "obsm" and method:
+        return of_obsm(method), None
+    if kind in ("panfoma", "random") and not method:
+        model = None if kind == "panfoma" else "random"
+        return lambda cells, *, batch=None, seed=0, layer=None: embeddings(cells, model, seed=seed, layer=layer), None
+    start = "small" if kind == "random" else None
+    if kind == "panfoma" and method == "adapted":
+        return None, adapted_embedder()
+    if kind in ("panfoma", "random") and method in ("full", "lora"):
+        return None, supervised_embedder(method, start)
+    if kind == "panfoma" and method == "logits":
+        return None, supervised_embedder("probe", start, output="logits")
+    raise ValueError(
+        f"A way to embed is one of {', '.join(EMBEDDERS)}, panfoma, random, panfoma:adapted, panfoma:full, panfoma:lora, "
+        f"panfoma:logits or obsm:KEY, got {name!r}. Use one of these, or pass a function."
+    )

@@ -1,0 +1,318 @@
+"""Tasks: labelled cells, how they are split, and what is measured; one function runs any of them with any method."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+
+from ..data.cells import read_cells
+from ..data.splits import Leakage, find_groups, find_leakage, split_cells
+from .baselines import Predictions
+from .calibration import expected_calibration_error
+from .integration import integration_metrics
+from .methods import classifier_of, embedder_of
+from .metrics import bootstrap_interval, classification_metrics
+
+
+ANNOTATION, INTEGRATION = "annotation", "integration"
+CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
+INTEGRATION_METRICS = ("avg_bio", "avg_batch", "nmi", "ari", "asw_label", "asw_batch", "graph_connectivity")
+SEEDS = (0, 1, 2)
+# Labels of fewer cells are left out of a task: both sides of a split need some.
+FEWEST_CELLS = 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled cells, a split and metrics.
+
+    Parameters
+    ----------
+    name
+        What to call it.
+    cells
+        An AnnData; a file; or a function of the folder with data that gives an AnnData.
+    label
+        Column of ``obs`` with the names to find.
+    kind
+        "annotation", where held-out cells are named; or "integration", where an embedding is scored.
+    groups
+        Column of ``obs`` whose values are not divided between the sides; None splits by cell; "auto" as in
+        `panfoma_hf.finetune`.
+    held_out
+        Values of ``groups`` that are the test cells, for a fixed split such as a reference study and a query study;
+        empty draws them by the seed.
+    batch
+        Column of ``obs`` with the batches, for integration.
+    donor
+        Column of ``obs`` by which intervals are drawn and donors named; None takes ``groups``.
+    metrics
+        Those that are reported.
+    test_size
+        Share of cells to hold out.
+    most_cells
+        Cells that are drawn where there are more; None takes all.
+    note
+        What must be said wherever a score is shown.
+    """
+
+    name: str
+    cells: ad.AnnData | str | Path | Callable[[Path | None], ad.AnnData]
+    label: str
+    kind: str = ANNOTATION
+    groups: str | None = None
+    held_out: tuple[str, ...] = ()
+    batch: str | None = None
+    donor: str | None = None
+    metrics: tuple[str, ...] = CLASSIFICATION_METRICS
+    test_size: float = 0.3
+    most_cells: int | None = None
+    note: str = ""
+
+    def load(self, data: str | Path | None = None) -> ad.AnnData:
+        """The labelled cells of labels that have at least five, drawn where there are too many.
+
+        Raises
+        ------
+        ValueError
+            If there is no such column, or fewer than two labels are left.
+        """
+        if isinstance(self.cells, ad.AnnData):
+            cells = self.cells
+        elif callable(self.cells):
+            cells = self.cells(None if data is None else Path(data))
+        else:
+            path = Path(self.cells)
+            cells = read_cells(path if path.is_absolute() or data is None else Path(data, path))
+        for column in (self.label, self.batch, self.donor, None if self.groups == "auto" else self.groups):
+            if column is not None and column not in cells.obs:
+                raise ValueError(
+                    f"A task's columns are in obs, got {column!r} for {self.name}, which has {', '.join(cells.obs)}. "
+                    "Name one of these."
+                )
+        labels = cells.obs[self.label]
+        counts = labels.value_counts()
+        kept = np.flatnonzero(labels.isin(counts.index[counts >= FEWEST_CELLS]).to_numpy())
+        if self.most_cells is not None and len(kept) > self.most_cells:
+            kept = np.sort(np.random.default_rng(0).choice(kept, self.most_cells, replace=False))
+        cells = cells[kept].copy()
+        cells.obs[self.label] = cells.obs[self.label].astype(str)
+        if cells.obs[self.label].nunique() < 2:
+            raise ValueError(
+                f"A task needs two labels of at least {FEWEST_CELLS} cells, got {counts.to_dict()} in {self.label!r} of "
+                f"{self.name}. Add cells, or take another column."
+            )
+        return cells
+
+
+@dataclass
+class TaskResult:
+    """What `evaluate_task` gives.
+
+    Parameters
+    ----------
+    scores
+        By name: each metric's mean over the seeds, ``<metric>_low`` and ``<metric>_high``, bounds of its 95 % interval,
+        and ``seconds`` of one seed.
+    by_seed
+        The scores of each seed.
+    true, predicted
+        (test cells,) of each seed, names; empty for integration.
+    probabilities
+        What the method gave for each seed; None for integration.
+    leakage
+        What the first seed's sides have in common.
+    embedding
+        Of the first seed's test cells, with their positions, for integration.
+    """
+
+    scores: dict[str, float]
+    by_seed: list[dict[str, float]]
+    true: list[np.ndarray] = field(default_factory=list)
+    predicted: list[np.ndarray] = field(default_factory=list)
+    probabilities: list[Predictions] = field(default_factory=list)
+    leakage: Leakage | None = None
+    embedding: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def run_task(task: Task, model: str | Callable, **options) -> dict[str, float]:
+    """Scores of a method on a task; `evaluate_task`, whose options it takes, also gives what they were made of."""
+    return evaluate_task(task, model, **options).scores
+
+
+def evaluate_task(
+    task: Task,
+    model: str | Callable,
+    *,
+    data: str | Path | None = None,
+    cells: ad.AnnData | None = None,
+    seeds: Sequence[int] = SEEDS,
+    budget: float = 1.0,
+    layer: str | None = None,
+) -> TaskResult:
+    """Run a method on a task with several seeds, each with a split of its own.
+
+    Parameters
+    ----------
+    task
+        The task.
+    model
+        A method: see `methods.classifier_of`, and `methods.embedder_of` for integration.
+    data
+        Folder with the files of `public_tasks.TASKS`.
+    cells
+        What ``task.load`` gave, where it was called already.
+    seeds
+        Of splits and methods.
+    budget
+        Share of the training cells' labels that a method may see, drawn within each label, at least one of each.
+    layer
+        As in `panfoma_hf.finetune`.
+
+    Returns
+    -------
+    For annotation, metrics of the held-out cells; ``calibration_error``; and with donors, ``donor_accuracy``, where each
+    donor is called what its cells' mean probabilities say. Intervals draw donors anew, and cells where there are none,
+    averaged over the seeds; see `metrics.bootstrap_interval`.
+    For integration, each metric twice: ``unseen/<metric>``, of half of the cells, while a method that is trained learned
+    from the other half; and ``seen/<metric>``, of all cells after learning from these, as the paper does. Where nothing
+    is trained, cells are embedded as they are. ``_low`` and ``_high`` are the lowest and the highest of the seeds.
+
+    Raises
+    ------
+    ValueError
+        If the method is not known or the cells cannot be split.
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"`budget` is a share of the labels above 0 and up to 1, got {budget}. 1 shows all.")
+    if not len(seeds):
+        raise ValueError("At least one seed is needed, got none. Three show how much a score depends on the draw.")
+    cells = task.load(data) if cells is None else cells
+    if task.kind == INTEGRATION:
+        return _integration(task, cells, model, seeds, layer)
+    return _annotation(task, cells, classifier_of(model), seeds, budget, layer)
+
+
+def split_task(task: Task, cells: ad.AnnData, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of training and test cells."""
+    labels = cells.obs[task.label].to_numpy()
+    column = find_groups(cells.obs, task.label, task.test_size) if task.groups == "auto" else task.groups
+    if task.held_out:
+        is_test = cells.obs[column].astype(str).isin(task.held_out).to_numpy()
+        if is_test.all() or not is_test.any():
+            raise ValueError(
+                f"A fixed split needs cells on both sides, got {int(is_test.sum()):,} of {len(is_test):,} with "
+                f"{column} in {', '.join(task.held_out)}. Name other values."
+            )
+        return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+    groups = None if column is None else cells.obs[column].astype(str)
+    split = split_cells(labels, groups=groups, test_size=task.test_size, seed=seed)
+    return split.train, split.test
+
+
+def _annotation(task, cells, classifier, seeds, budget, layer) -> TaskResult:
+    result = TaskResult({}, [])
+    donors = None if (task.donor or task.groups) in (None, "auto") else cells.obs[task.donor or task.groups].astype(str)
+    intervals = {metric: [] for metric in task.metrics}
+    for seed in seeds:
+        train, test = split_task(task, cells, seed)
+        if budget < 1:
+            train = _budget(train, cells.obs[task.label].to_numpy(), budget, seed)
+        learned, asked = cells[train].copy(), cells[test].copy()
+        if result.leakage is None:
+            result.leakage = find_leakage(learned, asked, task.label)
+        true = asked.obs[task.label].to_numpy().astype(str)
+        del asked.obs[task.label]  # nothing can look
+        started = time.perf_counter()
+        found = classifier(learned, asked, task.label, seed=seed, layer=layer)
+        seconds = time.perf_counter() - started
+        scores = classification_metrics(true, found.labels)
+        known = np.isin(true, found.names)
+        if known.any():
+            ids = (
+                np.searchsorted(found.names, true[known]) if _is_sorted(found.names) else _ids(found.names, true[known])
+            )
+            scores["calibration_error"] = expected_calibration_error(found.probabilities[known], ids)
+        of_test = None if donors is None else donors.iloc[test].to_numpy()
+        if of_test is not None:
+            scores["donor_accuracy"] = _donor_accuracy(true, found, of_test)
+        for metric, bounds in intervals.items():
+            drawn = of_test if of_test is not None and len(set(of_test)) > 1 else None
+            bounds.append(bootstrap_interval(true, found.labels, drawn, metric, seed=seed))
+        result.by_seed.append(scores | {"seconds": seconds})
+        result.true.append(true)
+        result.predicted.append(found.labels)
+        result.probabilities.append(found)
+    result.scores = _means(result.by_seed)
+    for metric, bounds in intervals.items():
+        low, high = np.mean(bounds, axis=0)
+        result.scores |= {f"{metric}_low": float(low), f"{metric}_high": float(high)}
+    return result
+
+
+def _is_sorted(names: np.ndarray) -> bool:
+    return bool((names[:-1] <= names[1:]).all())
+
+
+def _ids(names: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    position = {name: index for index, name in enumerate(names.tolist())}
+    return np.array([position[label] for label in labels.tolist()])
+
+
+def _budget(train: np.ndarray, labels: np.ndarray, budget: float, seed: int) -> np.ndarray:
+    """Some of the training cells of each label, at least two where there are; smaller budgets are part of larger ones."""
+    order = np.random.default_rng(seed).permutation(train)
+    kept = []
+    for label in np.unique(labels[train]):
+        of_label = order[labels[order] == label]
+        kept.append(of_label[: max(min(2, len(of_label)), round(budget * len(of_label)))])
+    return np.sort(np.concatenate(kept))
+
+
+def _donor_accuracy(true: np.ndarray, found: Predictions, donors: np.ndarray) -> float:
+    """Share of the donors of one label that are called by it, by the mean of their cells' probabilities."""
+    hits = []
+    for donor in np.unique(donors):
+        of_donor = donors == donor
+        names, counts = np.unique(true[of_donor], return_counts=True)
+        called = found.names[found.probabilities[of_donor].mean(axis=0).argmax()]
+        hits.append(called == names[counts.argmax()])
+    return float(np.mean(hits))
+
+
+def _integration(task, cells, model, seeds, layer) -> TaskResult:
+    embedder, trainable = embedder_of(model)
+    result = TaskResult({}, [])
+    labels, batches = (cells.obs[column].astype(str).to_numpy() for column in (task.label, task.batch))
+    for seed in seeds:
+        # Every label and batch is in both halves, as far as there are two cells of them.
+        pairs = np.char.add(np.char.add(labels.astype(str), "\t"), batches.astype(str))
+        split = split_cells(pairs, test_size=0.5, seed=seed)
+        everything = np.arange(cells.n_obs)
+        scores = {}
+        started = time.perf_counter()
+        for name, train, test in (("unseen", split.train, split.test), ("seen", everything, everything)):
+            asked = cells[test].copy()
+            if trainable is None:
+                embedding = embedder(asked, batch=task.batch, seed=seed, layer=layer)
+            else:
+                embedding = trainable(cells[train].copy(), asked, task.label, seed=seed, layer=layer)
+            found = integration_metrics(embedding, labels[test], batches[test], seed=seed)
+            scores |= {f"{name}/{metric}": found[metric] for metric in task.metrics}
+            if name == "unseen" and result.embedding is None:
+                result.embedding = (np.asarray(embedding), test)
+        result.by_seed.append(scores | {"seconds": time.perf_counter() - started})
+    result.scores = _means(result.by_seed)
+    if len(seeds) > 1:
+        for name in result.by_seed[0]:
+            if name != "seconds":
+                values = [scores[name] for scores in result.by_seed]
+                result.scores |= {f"{name}_low": float(min(values)), f"{name}_high": float(max(values))}
+    return result
+
+
+def _means(by_seed: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([scores[key] for scores in by_seed if key in scores])) for key in by_seed[0]}

@@ -55,6 +55,139 @@ def check(
 
 
 @app.command()
+def finetune(
+    cells: Annotated[Path, typer.Argument(help="Labelled cells, of any format that `panfoma check` reads.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint: new, or an older one to replace.")],
+    labels: Annotated[
+        list[str], typer.Option("--label", help="Column of obs to learn; given several times, one model learns all.")
+    ],
+    model: Annotated[str | None, typer.Option(help="A checkpoint to start from; the one that comes along.")] = None,
+    mode: Annotated[str, typer.Option(help="full, lora or probe.")] = "full",
+    validation: Annotated[
+        str, typer.Option(help="A file of cells to validate on, the share to hold out, or none.")
+    ] = "0.15",
+    groups: Annotated[
+        str, typer.Option(help="Column of obs that the split does not divide, such as donor; auto, or none.")
+    ] = "auto",
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Given several times, the best is kept.")] = None,
+    max_error: Annotated[
+        float, typer.Option(min=0, max=1, help="Error of named cells that Unassigned is to keep to.")
+    ] = 0.05,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE: any argument of finetune() or Trainer.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Learn to name cells from labelled ones; scores stand beside logistic regression on the same held-out cells.
+
+    The folder gets the checkpoint, README.md with the scores, and finetuning.json with all figures.
+    Example: panfoma finetune cells.h5ad my-model --label cell_type --mode probe
+    """
+    from .training import finetune, read_recipe
+
+    with _told(ImportError):
+        arguments = read_recipe(finetune, None, changes or ())
+        trainer = finetune(
+            cells,
+            labels[0] if len(labels) == 1 else labels,
+            out,
+            model=model,
+            mode=mode,
+            validation=_share_or_file(validation),
+            groups=None if groups == "none" else groups,
+            max_error=max_error,
+            **({"seed": seeds[0]} if seeds and len(seeds) == 1 else {"seeds": seeds}),
+            **{"disable_tqdm": as_json, **arguments},
+        )
+    if as_json:
+        typer.echo(json.dumps(trainer.report, indent=2))
+    else:
+        typer.echo(f"The model is in {out}. Name cells with it: panfoma_hf.annotate(cells, {str(out)!r})")
+
+
+def _share_or_file(text: str) -> float | str | None:
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@app.command()
+def evaluate(
+    cells: Annotated[Path, typer.Argument(help="Labelled cells, of any format that `panfoma check` reads.")],
+    label: Annotated[str, typer.Option(help="Column of obs with the names to find.")],
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="What to score: majority, hvg_logistic_regression, pca_knn, pca_logistic_regression, celltypist, "
+            "scanvi, panfoma:probe, panfoma:lora, panfoma:full, panfoma:knn, random:full, checkpoint:FOLDER, obsm:KEY; "
+            "with --batch pca, pca_harmony, scvi, panfoma, panfoma:adapted, panfoma:full, panfoma:logits, obsm:KEY.",
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Column of obs with batches: how well embeddings integrate them is scored.")
+    ] = None,
+    groups: Annotated[
+        str, typer.Option(help="Column of obs that a split does not divide, such as donor; auto, or none.")
+    ] = "auto",
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Values of --groups to test on, in place of drawn ones.")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Of splits and methods; 0, 1 and 2.")] = None,
+    budget: Annotated[float, typer.Option(min=0, max=1, help="Share of the training labels to learn from.")] = 1.0,
+    most_cells: Annotated[int | None, typer.Option(min=10, help="Cells to draw where there are more.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all scores as JSON.")] = False,
+) -> None:
+    """Score ways to name cells, or to embed them, on splits of a labelled file, side by side.
+
+    Example: panfoma evaluate cells.h5ad --label cell_type --groups donor --method pca_knn --method panfoma:probe
+    """
+    from .evaluation.tasks import ANNOTATION, INTEGRATION, INTEGRATION_METRICS, SEEDS, Task, evaluate_task
+
+    if methods is None:
+        methods = (
+            ["pca", "pca_harmony", "panfoma"] if batch else ["majority", "hvg_logistic_regression", "panfoma:probe"]
+        )
+    with _told(ImportError):
+        task = Task(
+            cells.name,
+            cells.resolve(),
+            label,
+            kind=INTEGRATION if batch else ANNOTATION,
+            groups=None if groups == "none" or batch else groups,
+            held_out=tuple(held_out or ()),
+            batch=batch,
+            most_cells=most_cells,
+            **({"metrics": INTEGRATION_METRICS} if batch else {}),
+        )
+        loaded = task.load()
+        results = {}
+        for method in methods:
+            result = evaluate_task(task, method, cells=loaded, seeds=seeds or SEEDS, budget=budget)
+            results[method] = result.scores
+            if result.leakage is not None and method == methods[0] and not as_json:
+                for message in result.leakage.messages():
+                    typer.echo(message, err=True)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    shown = (
+        ["unseen/avg_bio", "unseen/avg_batch", "seen/avg_bio", "seen/avg_batch"] if batch else ["accuracy", "macro_f1"]
+    )
+    typer.echo(f"{task.name}: {loaded.n_obs:,} cells, {loaded.obs[label].nunique()} labels")
+    typer.echo(f"{'':<34}" + "".join(f"{name:>26}" for name in shown))
+    for method, scores in results.items():
+        line = ""
+        for name in shown:
+            low, high = (scores.get(f"{name}_{bound}", scores[name]) for bound in ("low", "high"))
+            line += f"{scores[name]:.3f} ({low:.3f}-{high:.3f})".rjust(26)
+        typer.echo(f"{method:<34}{line}")
+
+
+@app.command()
 def pretrain(
     corpus: Annotated[str, typer.Argument(help="A corpus' folder, or its name on the Hub.")],
     out: Annotated[Path, typer.Argument(help="Folder of the run: new, or one to resume.")],

@@ -116,9 +116,9 @@ def annotate(
 
     Where the model was calibrated (`panfoma_hf.finetune` does that on its validation cells), scores are calibrated
     probabilities, cells below the score that keeps to the stated error are called "Unassigned" (if enough validation
-    cells vouch for it), and
-    ``obs["panfoma_<label>_unfamiliarity"]`` is the share of the validation cells that look more like the training cells
-    than this one does, by the energy of the logits (Liu et al., NeurIPS 2020): near 1 for a cell of another kind.
+    cells vouch for it), and ``obs["panfoma_<label>_unfamiliarity"]`` is the share of the validation cells that look
+    more like the training cells than this one does, by the energy of the logits (Liu et al., NeurIPS 2020): near 1 for
+    a cell of another kind.
     A cell without an expressed gene is called "Unassigned", with a score of 0.
 
     Parameters
@@ -139,8 +139,14 @@ def annotate(
     Raises
     ------
     ValueError
-        As in `embed`, and if the model has no trained classifier or names no single class.
+        As in `embed`, and if the model has no trained classifier or names no single class, or ``min_score`` is not a
+        probability.
     """
+    if min_score is not None and not 0 <= min_score <= 1:
+        raise ValueError(
+            f"`min_score` is a probability from 0 to 1, got {min_score}. Pass 0 to name every cell, None for the "
+            "checkpoint's own."
+        )
     adata = writable_cells(cells)
     tokenizer = _load_tokenizer(model, tokenizer)
     tokens, expression = tokenize(
@@ -199,12 +205,12 @@ def _write_names(
     """Write one task's names, scores and probabilities; and how unfamiliar cells are, where that was calibrated."""
     temperature = calibration.get("temperature", 1.0)
     probabilities = softmax(logits / temperature, axis=1)
-    scores = np.where(is_empty, 0, probabilities.max(1)).astype(np.float32)
+    scores = np.where(is_empty, 0, probabilities.max(1))
     is_unassigned = is_empty | (scores < _min_score(calibration, min_score))
     called = np.where(is_unassigned, UNASSIGNED, np.array(names, dtype=object)[probabilities.argmax(1)])
     categories = [*names, UNASSIGNED] if is_unassigned.any() and UNASSIGNED not in names else names
     adata.obs[key] = pd.Categorical(called, categories=categories)
-    adata.obs[f"{key}_score"] = scores
+    adata.obs[f"{key}_score"] = scores.astype(np.float32)
     adata.obsm[f"{key}_proba"] = probabilities.astype(np.float32)
     if energies := calibration.get("energies"):
         energy = -temperature * logsumexp(logits / temperature, axis=1)

@@ -1,6 +1,6 @@
 """Pictures of what the model did; needs the `analysis` extra."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -138,3 +138,55 @@ def save_pretraining_curve(
         axes[2].legend(fontsize=8)
     axes[0].legend(fontsize=8, title=f"dots: {held_out.replace('_', ' ')}; faint: training", title_fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def save_calibration_curve(curves: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], path: str | Path) -> None:
+    """Draw how often cells of a confidence are named rightly, a line for each model, and save it.
+
+    Parameters
+    ----------
+    curves
+        By name, (bins,) mean confidence, accuracy and number of cells, as `evaluation.calibration.Reliability` has
+        them; bins without a cell are left out.
+    path
+        A PNG, PDF or SVG file.
+    """
+    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="0.6", ls="--", lw=1, label="confidence = accuracy")
+    for name, (confidence, accuracy, count) in curves.items():
+        kept = np.asarray(count) > 0
+        sizes = 10 + 90 * np.sqrt(np.asarray(count)[kept] / max(1, np.max(count)))
+        (line,) = axis.plot(np.asarray(confidence)[kept], np.asarray(accuracy)[kept], lw=1.5, label=name)
+        axis.scatter(np.asarray(confidence)[kept], np.asarray(accuracy)[kept], s=sizes, color=line.get_color())
+    axis.set(
+        xlabel="mean confidence of a bin", ylabel="share named rightly", xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal"
+    )
+    axis.legend(frameon=False, fontsize=8, title="area: cells", title_fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def save_budget_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, *, metric: str = "macro-F1"
+) -> None:
+    """Draw a metric against the share of the labels that a method saw, a line for each method, and save it.
+
+    Parameters
+    ----------
+    curves
+        By name, (budgets,) shares of the labels and the metric's values.
+    path
+        A PNG, PDF or SVG file.
+    metric
+        What to call it.
+    """
+    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for name, (budgets, values) in curves.items():
+        axis.plot(np.asarray(budgets) * 100, values, marker="o", ms=4, label=name)
+    axis.set(xlabel="share of the training labels, %", ylabel=metric, xscale="log")
+    ticks = sorted({100 * budget for budgets, _ in curves.values() for budget in budgets})
+    axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axis.minorticks_off()
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)

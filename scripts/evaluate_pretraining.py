@@ -14,7 +14,6 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import torch
-from demo import baron_pancreas
 from measuring import table
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
@@ -22,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 import panfoma_hf
 from panfoma_hf.evaluation.baselines import principal_components
 from panfoma_hf.evaluation.probes import ProbeScores, linear_probe
+from panfoma_hf.evaluation.public_tasks import baron_pancreas
 from panfoma_hf.plotting import save_pretraining_curve
 
 

@@ -11,22 +11,28 @@ from types import ModuleType
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
-from scipy.special import softmax
+from scipy.special import log_expit, softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.sparsefuncs import mean_variance_axis
 
 from ..data.variable_genes import log_normalized, variable_genes
-from ..tokenization import choose_matrix
+from ..tokenization import choose_layer, choose_matrix, value_scale
+from ..tokenization.expression import compressed_rows
+from ..tokenization.value_scale import BINARY, COUNTS, EMPTY, FRACTIONAL, NORMALIZED
 from .integration import harmony
 
 
 NUM_GENES = 2000
 NUM_COMPONENTS = 50
 NUM_NEIGHBORS = 15
+# Values that the logarithm is still to be taken of.
+_BEFORE_LOG = (COUNTS, FRACTIONAL, NORMALIZED, BINARY)
 
 
 @dataclass
@@ -38,19 +44,45 @@ class Predictions:
     names
         (labels,), those of the training cells, in the order of the alphabet.
     probabilities
-        (cells, labels), rows of sum 1.
+        (cells, labels), which are scaled to rows of sum 1 in double precision.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit, or a cell has no probability above 0.
     """
 
     names: np.ndarray
     probabilities: np.ndarray
+
+    def __post_init__(self):
+        self.names = np.asarray(self.names).astype(str)
+        probabilities = np.asarray(self.probabilities, dtype=np.float64)
+        if probabilities.ndim != 2 or probabilities.shape[1] != len(self.names):
+            raise ValueError(
+                f"Probabilities are (cells, labels), got {probabilities.shape} for {len(self.names):,} labels. Give "
+                "one column for each name."
+            )
+        total = probabilities.sum(axis=1, keepdims=True)
+        broken = ~(np.isfinite(total[:, 0]) & (total[:, 0] > 0) & (probabilities >= 0).all(axis=1))
+        if broken.any():
+            raise ValueError(
+                f"Probabilities are finite, at least 0 and not all 0, got other ones for {int(broken.sum()):,} of "
+                f"{len(broken):,} cells. Look at what the method gave for them."
+            )
+        self.probabilities = probabilities / total
 
     @property
     def labels(self) -> np.ndarray:
         """(cells,), the most probable names."""
         return self.names[self.probabilities.argmax(1)]
 
+    def ids(self, labels: Sequence[str]) -> np.ndarray:
+        """(cells,), the columns of these labels, -1 for one that is no name."""
+        return pd.Index(self.names).get_indexer(np.asarray(labels).astype(str))
 
-# (train, test, label, *, seed, layer) -> Predictions. Both sides have the same genes; the test cells' labels are not read.
+
+# (train, test, label, *, seed, layer) -> Predictions. Both sides have the same genes; test labels are not read.
 Classifier = Callable[..., Predictions]
 # (cells, *, batch, seed, layer) -> (cells, dims).
 Embedder = Callable[..., np.ndarray]
@@ -128,30 +160,59 @@ def principal_components(
     (cells, components).
     """
     matrix = log_matrix(cells, layer).X
-    most = min(len(train), matrix.shape[1]) - 1
-    components = PCA(min(num_components, most), svd_solver="arpack", random_state=seed).fit(matrix[train])
-    return components.transform(matrix)
+    return _components(matrix[train], num_components, seed).transform(matrix)
 
 
 def log_matrix(cells: ad.AnnData, layer: str | None = None) -> ad.AnnData:
-    """Logarithms of normalised counts as CSR ``X``: made of counts, or taken as they are.
+    """Logarithms of normalised counts as CSR ``X``: made of counts, also such as CPM; or else values as they are.
 
     Raises
     ------
     ImportError
         If scanpy is not installed.
     """
-    matrix, names, _ = choose_matrix(cells, layer)
-    if _is_counts(matrix):
+    return _logarithms(cells, layer, _kind(cells, layer) in _BEFORE_LOG)
+
+
+def _kind(cells: ad.AnnData, layer: str | None) -> str:
+    matrix, _, source = choose_matrix(cells, layer)
+    indptr, _, values = compressed_rows(matrix, source)
+    return value_scale(indptr, values).kind
+
+
+def _logarithms(cells: ad.AnnData, layer: str | None, are_made: bool) -> ad.AnnData:
+    if are_made:
         return log_normalized(cells, layer)
+    matrix, names, _ = choose_matrix(cells, layer)
     logs = ad.AnnData(sp.csr_matrix(matrix, dtype="float32"), obs=cells.obs[[]].copy())
     logs.var_names = names
     return logs
 
 
-def _is_counts(matrix) -> bool:
-    values = sp.csr_matrix(matrix[:50]).data
-    return np.array_equal(values, np.round(values))
+def _log_sides(train: ad.AnnData, test: ad.AnnData, layer: str | None) -> tuple[list[ad.AnnData], str]:
+    """`log_matrix` of both sides, and the kind of the training cells' values, which counts for both.
+
+    Few test cells do not tell: a cell whose counts are all 1 looks like counts after any step.
+    """
+    layer = choose_layer(train) if layer is None else layer
+    kind, of_test = _kind(train, layer), _kind(test, layer)
+    if (of_test == COUNTS and kind not in _BEFORE_LOG) or (kind == COUNTS and of_test not in (COUNTS, EMPTY, BINARY)):
+        raise ValueError(
+            f"Both sides must hold the same kind of values, got {kind} and {of_test}. Name a layer that has the same."
+        )
+    sides = [_logarithms(cells, layer, kind in _BEFORE_LOG) for cells in (train, test)]
+    _check_genes(*sides)
+    return sides, kind
+
+
+def _components(matrix: sp.csr_matrix, num_components: int, seed: int) -> PCA:
+    most = min(matrix.shape) - 1  # what ARPACK finds
+    if most < 1:
+        raise ValueError(
+            f"Principal components need at least two cells and two genes, got {matrix.shape[0]:,} and "
+            f"{matrix.shape[1]:,}. Add some."
+        )
+    return PCA(min(num_components, most), svd_solver="arpack", random_state=seed).fit(matrix)
 
 
 def majority(
@@ -171,55 +232,49 @@ def _hvg_logistic_regression(
     seed: int = 0,
     layer: str | None = None,
 ) -> Predictions:
-    features = _variable_features(train, test, num_genes, layer)
+    names = _names(train, label)
+    (logs, of_test), kind = _log_sides(train, test, layer)
+    if len(set(names)) < 2:
+        return majority(train, test, label)
+    chosen = _variable_columns(train, logs, kind, num_genes, layer)
+    features = [side.X[:, chosen].toarray() for side in (logs, of_test)]
     scaler = StandardScaler().fit(features[0])
     # The clip keeps a gene that few training cells express from blowing up in a test cell, as is usual after scaling.
     features = [np.clip(scaler.transform(matrix), -10, 10) for matrix in features]
-    return _fitted(LogisticRegression(max_iter=1000, random_state=seed), *features, _names(train, label))
+    return _fitted(LogisticRegression(max_iter=1000, random_state=seed), *features, names)
 
 
-def _variable_features(train, test, num_genes: int, layer: str | None) -> list[np.ndarray]:
-    """Log-normalised variable genes of both sides, (cells, genes) each."""
-    _check_genes(train, test)
-    matrix, _, _ = choose_matrix(train, layer)
-    logs = [log_matrix(cells, layer) for cells in (train, test)]
-    if _is_counts(matrix):
-        names = logs[0].var_names
-        if names.has_duplicates:  # found by position, under names of their own
-            unique = [str(index) for index in range(len(names))]
-            counts = ad.AnnData(sp.csr_matrix(matrix), obs=train.obs[[]].copy(), var={"name": unique})
-            counts.var_names = unique
-            chosen = np.array([int(name) for name in variable_genes(counts, num_genes)])
-        else:
-            chosen = names.get_indexer(variable_genes(train, num_genes, layer=layer))
-    else:  # Pearson residuals need counts; of logarithms the variance tells.
-        values = logs[0].X
-        variances = (
-            np.asarray(values.multiply(values).mean(axis=0)).ravel() - np.asarray(values.mean(axis=0)).ravel() ** 2
-        )
-        chosen = np.sort(np.argsort(-variances, kind="stable")[:num_genes])
-    return [np.asarray(cells.X[:, chosen].todense()) for cells in logs]
+def _variable_columns(cells: ad.AnnData, logs: ad.AnnData, kind: str, num_genes: int, layer: str | None) -> np.ndarray:
+    """Columns of variable genes, ascending: by Pearson residuals, which need counts; of logarithms by variance."""
+    if kind == COUNTS:
+        matrix, names, _ = choose_matrix(cells, layer)
+        counts = ad.AnnData(sp.csr_matrix(matrix), obs=cells.obs[[]].copy())
+        counts.var_names = np.arange(len(names)).astype(str)  # names of their own, which genes need not have
+        return np.sort(np.array(variable_genes(counts, num_genes, layer="X"), dtype=np.int64))
+    _, variances = mean_variance_axis(logs.X, axis=0)
+    return np.sort(np.argsort(-variances, kind="stable")[:num_genes])
 
 
-def _pca(train, test, layer: str | None, seed: int) -> list[np.ndarray]:
-    """Components found on the training cells, of both sides."""
-    _check_genes(train, test)
-    both = [log_matrix(cells, layer).X for cells in (train, test)]
-    most = min(both[0].shape) - 1
-    found = PCA(min(NUM_COMPONENTS, most), svd_solver="arpack", random_state=seed).fit(both[0])
-    return [found.transform(matrix) for matrix in both]
+def _on_components(train: ad.AnnData, test: ad.AnnData, label: str, model, layer: str | None, seed: int) -> Predictions:
+    """Fit a model on components found on the training cells."""
+    names = _names(train, label)
+    (logs, of_test), _ = _log_sides(train, test, layer)
+    if len(set(names)) < 2:
+        return majority(train, test, label)
+    found = _components(logs.X, NUM_COMPONENTS, seed)
+    return _fitted(model, found.transform(logs.X), found.transform(of_test.X), names)
 
 
 def pca_knn(train: ad.AnnData, test: ad.AnnData, label: str, *, seed: int = 0, layer: str | None = None) -> Predictions:
     """The 15 nearest training cells among 50 principal components vote."""
-    return _fitted(_neighbors(train.n_obs), *_pca(train, test, layer, seed), _names(train, label))
+    return _on_components(train, test, label, _neighbors(train.n_obs), layer, seed)
 
 
 def pca_logistic_regression(
     train: ad.AnnData, test: ad.AnnData, label: str, *, seed: int = 0, layer: str | None = None
 ) -> Predictions:
     """Logistic regression on 50 standardised principal components."""
-    return _fitted(_logistic(seed), *_pca(train, test, layer, seed), _names(train, label))
+    return _on_components(train, test, label, _logistic(seed), layer, seed)
 
 
 def celltypist(
@@ -234,32 +289,28 @@ def celltypist(
     ImportError
         If celltypist is not installed.
     """
-    _check_genes(train, test)
     names = _names(train, label)
+    sides, _ = _log_sides(train, test, layer)
     if len(set(names)) < 2:
         return majority(train, test, label)
     with warnings.catch_warnings(), _quiet("celltypist"):
         warnings.simplefilter("ignore")  # its own use of scanpy, pandas and scikit-learn
         package = _required("celltypist", "CellTypist", "benchmark")
-        logs = [log_matrix(cells, layer) for cells in (train, test)]
-        for side in logs:
-            side.var_names_make_unique()
+        for side in sides:
+            side.var_names = np.arange(side.n_vars).astype(str)  # names of their own, which genes need not have
         # By its stochastic gradient descent: its other solver asks scikit-learn for an argument that 1.8 took away.
-        model = package.train(logs[0], labels=names, check_expression=False, n_jobs=1, use_SGD=True, random_state=seed)
-        if not any(gene in logs[1].var_names for gene in model.features):
-            raise ValueError("CellTypist needs genes that vary, got none. Check the counts.")
-        classifier = model.classifier
-        matrix = logs[1][:, model.features].X.toarray()
+        model = package.train(sides[0], labels=names, check_expression=False, n_jobs=1, use_SGD=True, random_state=seed)
         # As its own prediction: scaled, clipped, then the decisions of each label.
+        matrix = sides[1].X[:, model.features.astype(np.int64)].toarray()
         scaled = np.minimum((matrix - model.scaler.mean_) / model.scaler.scale_, 10)
-        decisions = classifier.decision_function(scaled)
+        decisions = model.classifier.decision_function(scaled)
     if decisions.ndim == 1:
         decisions = np.stack([-decisions, decisions], axis=1)
-    shares = 1 / (1 + np.exp(-np.clip(decisions, -500, 500)))
-    total = shares.sum(axis=1, keepdims=True)
-    # Where no label is likely, the decisions tell which is the least unlikely.
-    probabilities = np.where(total > 1e-9, shares / np.maximum(total, 1e-9), softmax(decisions, axis=1))
-    return Predictions(np.asarray(classifier.classes_).astype(str), probabilities)
+    # softmax(log(p)) is p over its sum, and stays exact where no label is likely.
+    probabilities = softmax(log_expit(decisions), axis=1)
+    # Of labels whose probabilities are all 1 to rounding, the decisions tell which comes first.
+    probabilities[np.arange(len(decisions)), decisions.argmax(1)] += 1e-12
+    return Predictions(model.classifier.classes_, probabilities)
 
 
 def scanvi(train: ad.AnnData, test: ad.AnnData, label: str, *, seed: int = 0, layer: str | None = None) -> Predictions:
@@ -272,20 +323,25 @@ def scanvi(train: ad.AnnData, test: ad.AnnData, label: str, *, seed: int = 0, la
     ValueError
         If the genes differ or the values are not counts.
     """
-    _check_genes(train, test)
-    scvi = _required("scvi", "scANVI", "scvi")
-    unknown = "unknown"
-    both = ad.concat([_counts(train, layer), _counts(test, layer)])
-    both.obs_names_make_unique()
-    both.obs["label"] = np.concatenate([_names(train, label), np.full(test.n_obs, unknown)])
-    scvi.settings.seed = seed
-    scvi.model.SCVI.setup_anndata(both, labels_key="label")
-    body = scvi.model.SCVI(both)
+    names = _names(train, label)
+    sides = [_counts(cells, layer) for cells in (train, test)]
+    _check_genes(*sides)
+    package = _required("scvi", "scANVI", "scvi")
+    if len(set(names)) < 2:
+        return majority(train, test, label)
+    unlabelled = "panfoma: not labelled"
+    for side in sides:
+        side.var_names_make_unique()
+    both = ad.concat(sides, index_unique="-", keys=["train", "test"])
+    both.obs["label"] = np.concatenate([names, np.full(test.n_obs, unlabelled)])
+    package.settings.seed = seed
+    package.model.SCVI.setup_anndata(both, labels_key="label")
+    body = package.model.SCVI(both)
     body.train(enable_progress_bar=False)
-    model = scvi.model.SCANVI.from_scvi_model(body, unlabeled_category=unknown, labels_key="label")
+    model = package.model.SCANVI.from_scvi_model(body, unlabeled_category=unlabelled, labels_key="label")
     model.train(enable_progress_bar=False)
     probabilities = model.predict(both[train.n_obs :].copy(), soft=True)
-    names = np.unique(_names(train, label))
+    names = np.unique(names)
     return Predictions(names, probabilities[names].to_numpy())
 
 
@@ -306,13 +362,27 @@ def embedding_classifier(key: str, method: str = "knn") -> Classifier:
     """
     if method not in ("knn", "logistic_regression"):
         raise ValueError(f"`method` is 'knn' or 'logistic_regression', got {method!r}. Use one of these.")
+    return partial(_of_embeddings, key=key, method=method)
 
-    def classify(train, test, label, *, seed: int = 0, layer: str | None = None) -> Predictions:
-        features = [embedding_of(cells, key) for cells in (train, test)]
-        model = _neighbors(train.n_obs) if method == "knn" else _logistic(seed)
-        return _fitted(model, *features, _names(train, label))
 
-    return classify
+def _of_embeddings(
+    train: ad.AnnData,
+    test: ad.AnnData,
+    label: str,
+    *,
+    key: str,
+    method: str,
+    seed: int = 0,
+    layer: str | None = None,
+) -> Predictions:
+    features = [embedding_of(cells, key) for cells in (train, test)]
+    if features[0].shape[1] != features[1].shape[1]:
+        raise ValueError(
+            f"Both sides must have embeddings of the same kind, got {features[0].shape[1]:,} and "
+            f"{features[1].shape[1]:,} dimensions in obsm[{key!r}]. Embed them by one model."
+        )
+    model = _neighbors(train.n_obs) if method == "knn" else _logistic(seed)
+    return _fitted(model, *features, _names(train, label))
 
 
 def embedding_of(cells: ad.AnnData, key: str) -> np.ndarray:
@@ -353,18 +423,28 @@ def _fitted(model, train: np.ndarray, test: np.ndarray, names: np.ndarray) -> Pr
 
 
 def _names(cells: ad.AnnData, label: str) -> np.ndarray:
-    return cells.obs[label].astype(str).to_numpy().astype(str)
+    """(cells,), labels as text."""
+    if label not in cells.obs:
+        raise ValueError(
+            f"The label is a column of obs, got {label!r}; there are {', '.join(cells.obs)}. Name one of these."
+        )
+    missing = int(cells.obs[label].isna().sum())
+    if missing:
+        raise ValueError(
+            f"Every training cell needs a label, got none in {label!r} for {missing:,} of {cells.n_obs:,}. Leave these "
+            f"out: cells[cells.obs[{label!r}].notna()]."
+        )
+    return cells.obs[label].to_numpy().astype(str)
 
 
 def _counts(cells: ad.AnnData, layer: str | None) -> ad.AnnData:
     matrix, names, source = choose_matrix(cells, layer)
-    if not _is_counts(matrix):
+    counts = ad.AnnData(sp.csr_matrix(matrix, dtype="float32"), obs=cells.obs[[]].copy())
+    if (counts.X.data % 1).any() or (counts.X.data < 0).any():
         raise ValueError(
             f"scVI reads counts, got values in {source} that are no whole numbers. Name the counts' layer."
         )
-    counts = ad.AnnData(sp.csr_matrix(matrix, dtype="float32"), obs=cells.obs[[]].copy())
     counts.var_names = names
-    counts.var_names_make_unique()
     return counts
 
 
@@ -373,7 +453,7 @@ def _check_genes(train: ad.AnnData, test: ad.AnnData) -> None:
         raise ValueError(
             f"Both sides must have the same genes in the same order, got {train.n_vars:,} and {test.n_vars:,}, "
             f"{len(train.var_names.intersection(test.var_names)):,} of them shared. "
-            "Keep the shared ones: genes = train.var_names.intersection(test.var_names); train[:, genes], test[:, genes]."
+            "Keep the shared ones: genes = train.var_names.intersection(test.var_names), then [:, genes] of both."
         )
 
 
@@ -407,9 +487,10 @@ CLASSIFIERS: dict[str, Classifier] = {
 
 def pca(cells: ad.AnnData, *, batch: str | None = None, seed: int = 0, layer: str | None = None) -> np.ndarray:
     """(cells, 50), principal components of 2,000 variable genes, log-normalised."""
-    matrix = _variable_features(cells, cells[:1], NUM_GENES, layer)[0]
-    most = min(matrix.shape) - 1
-    return PCA(min(NUM_COMPONENTS, most), svd_solver="arpack", random_state=seed).fit_transform(matrix)
+    kind = _kind(cells, layer)
+    logs = _logarithms(cells, layer, kind in _BEFORE_LOG)
+    matrix = logs.X[:, _variable_columns(cells, logs, kind, NUM_GENES, layer)]
+    return _components(matrix, NUM_COMPONENTS, seed).transform(matrix)
 
 
 def pca_harmony(cells: ad.AnnData, *, batch: str, seed: int = 0, layer: str | None = None) -> np.ndarray:
@@ -429,6 +510,7 @@ def scvi(cells: ad.AnnData, *, batch: str | None = None, seed: int = 0, layer: s
     """
     package = _required("scvi", "scVI", "scvi")
     counts = _counts(cells, layer)
+    counts.var_names_make_unique()
     if batch is not None:
         counts.obs["batch"] = cells.obs[batch].astype(str).to_numpy()
     package.settings.seed = seed

@@ -7,7 +7,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import torch
-from transformers import AutoModel, AutoModelForPreTraining, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForPreTraining, AutoTokenizer, TrainingArguments
 
 from ..data.cells import tokenize
 from ..data.collator import DataCollatorForMaskedExpression
@@ -23,7 +23,7 @@ from .baselines import CLASSIFIERS, EMBEDDERS, Classifier, Embedder, Predictions
 MIN_COVERAGE = 0.3
 KEY = "X_panfoma"
 # Passes over the cells when a model is adapted to them without labels.
-ADAPTING_EPOCHS = 3
+ADAPTING_EPOCHS = 1
 
 
 def finetuned(mode: str = "full", model: str | Path | None = None, **arguments) -> Classifier:
@@ -64,14 +64,15 @@ def pretrained(model: str | Path | PanFoMaModel | None = None, method: str = "kn
     method
         As in `baselines.embedding_classifier`.
     """
+    classifier = embedding_classifier(KEY, method)
 
     def classify(train, test, label, *, seed: int = 0, layer: str | None = None) -> Predictions:
         sides = []
         for cells in (train, test):
-            side = ad.AnnData(obs=cells.obs[[label]].copy())
+            side = ad.AnnData(obs=cells.obs)
             side.obsm[KEY] = embeddings(cells, model, seed=seed, layer=layer)
             sides.append(side)
-        return embedding_classifier(KEY, method)(*sides, label, seed=seed)
+        return classifier(*sides, label, seed=seed)
 
     return classify
 
@@ -79,19 +80,27 @@ def pretrained(model: str | Path | PanFoMaModel | None = None, method: str = "kn
 def embeddings(
     cells: ad.AnnData, model: str | Path | PanFoMaModel | None = None, *, seed: int = 0, layer: str | None = None
 ) -> np.ndarray:
-    """(cells, hidden), embeddings by a checkpoint; None and "random" as in `pretrained`."""
+    """(cells, hidden), embeddings of cells, which are left as they are; None and "random" as in `pretrained`."""
     tokenizer = None
-    if model is None or model == "random":
-        is_random, model = model == "random", checkpoint()
-        if is_random:
-            tokenizer = AutoTokenizer.from_pretrained(model)
+    if model is None:
+        model = checkpoint()
+    elif model == "random":
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint())
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = PanFoMaModel(AutoModel.from_pretrained(model).config)
-    written = ad.AnnData(cells.X, obs=cells.obs[[]].copy(), var=cells.var, layers=cells.layers)
+            model = PanFoMaModel(AutoConfig.from_pretrained(checkpoint()))
+    written = embed(
+        _expression(cells), model, tokenizer=tokenizer, layer=layer, min_coverage=MIN_COVERAGE, progress=False
+    )
+    return written.obsm["X_panfoma"]
+
+
+def _expression(cells: ad.AnnData) -> ad.AnnData:
+    """The matrices and genes alone, for results to be written to."""
+    bare = ad.AnnData(cells.X, obs=cells.obs[[]].copy(), var=cells.var, layers=dict(cells.layers))
     if cells.raw is not None:
-        written.raw = cells.raw.to_adata()
-    embed(written, model, tokenizer=tokenizer, layer=layer, min_coverage=MIN_COVERAGE, progress=False)
-    return written.obsm[KEY]
+        bare.raw = cells.raw.to_adata()
+    return bare
 
 
 def _finetuned(train, label, folder, mode, model, seed, layer, arguments) -> Path:
@@ -103,18 +112,19 @@ def _finetuned(train, label, folder, mode, model, seed, layer, arguments) -> Pat
 
 
 def _predictions(test: ad.AnnData, model: str | Path, label: str, layer: str | None) -> Predictions:
-    cells = test.copy()
-    annotate(cells, model, layer=layer, min_coverage=MIN_COVERAGE, min_score=0, progress=False)
-    key = f"panfoma_{label}"
-    if key not in cells.uns["panfoma"]:
+    cells = annotate(_expression(test), model, layer=layer, min_coverage=MIN_COVERAGE, min_score=0, progress=False)
+    key, written = f"panfoma_{label}", cells.uns["panfoma"]
+    if key not in written:
         raise ValueError(
             f"A checkpoint is scored on the label that it names, got {label!r} for {model}, which names "
-            f"{', '.join(name.removeprefix('panfoma_') for name in cells.uns['panfoma'])}. Pass that one, or rename the column."
+            f"{', '.join(name.removeprefix('panfoma_') for name in written)}. Pass that one, or rename the column."
         )
-    return Predictions(np.array(cells.uns["panfoma"][key]["labels"]), cells.obsm[f"{key}_proba"].astype(np.float64))
+    return Predictions(written[key]["labels"], cells.obsm[f"{key}_proba"])
 
 
-def supervised_embedder(mode: str, model: str | Path | None = None, *, output: str = "embedding", **arguments):
+def supervised_embedder(
+    mode: str, model: str | Path | None = None, *, output: str = "embedding", **arguments
+) -> Callable[..., np.ndarray]:
     """Embeddings after fine-tuning on labels: a function of training cells, cells to embed, and the label.
 
     Parameters
@@ -123,7 +133,14 @@ def supervised_embedder(mode: str, model: str | Path | None = None, *, output: s
         As in `finetuned`.
     output
         "embedding", the network's (cells, hidden); or "logits", logarithms of the probabilities (cells, labels).
+
+    Raises
+    ------
+    ValueError
+        If there is no such output.
     """
+    if output not in ("embedding", "logits"):
+        raise ValueError(f"`output` is 'embedding' or 'logits', got {output!r}. Use one of these.")
 
     def run(train, cells, label, *, seed: int = 0, layer: str | None = None) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +152,7 @@ def supervised_embedder(mode: str, model: str | Path | None = None, *, output: s
     return run
 
 
-def adapted_embedder(model: str | Path | None = None, *, epochs: float = ADAPTING_EPOCHS):
+def adapted_embedder(model: str | Path | None = None, *, epochs: float = ADAPTING_EPOCHS) -> Callable[..., np.ndarray]:
     """Embeddings after pretraining goes on with the cells at hand, without their labels.
 
     Parameters
@@ -182,10 +199,11 @@ def classifier_of(name: str | Callable) -> Classifier:
     Parameters
     ----------
     name
-        A key of `baselines.CLASSIFIERS`; "panfoma:full", "panfoma:lora" or "panfoma:probe" for `finetuned`, "random:full"
-        and so on from random weights, with ":CHECKPOINT" behind it from another one; "panfoma:knn" or "random:knn" for
-        `pretrained`; "checkpoint:FOLDER" for `trained_checkpoint`; "obsm:KEY" or "obsm:KEY:logistic_regression" for
-        embeddings that the cells bring; a function is passed through.
+        A key of `baselines.CLASSIFIERS`; "panfoma:full", "panfoma:lora" or "panfoma:probe" for `finetuned`, with
+        ":CHECKPOINT" behind it from another one than that of the package; "panfoma:knn" or
+        "panfoma:logistic_regression" for `pretrained`, likewise; "random:" in place of "panfoma:" for random weights;
+        "checkpoint:FOLDER" for `trained_checkpoint`; "obsm:KEY" or "obsm:KEY:logistic_regression" for embeddings that
+        the cells bring; a function is passed through.
 
     Raises
     ------
@@ -202,13 +220,15 @@ def classifier_of(name: str | Callable) -> Classifier:
         return trained_checkpoint(rest)
     if kind == "obsm" and method:
         return embedding_classifier(method, model or "knn")
-    if kind in ("panfoma", "random") and method in ("full", "lora", "probe"):
-        return finetuned(method, "small" if kind == "random" else model or None)
-    if kind in ("panfoma", "random") and method in ("knn", "logistic_regression"):
-        return pretrained("random" if kind == "random" else model or None, method)
+    if kind == "panfoma" or (kind == "random" and not model):  # random weights come from no checkpoint
+        if method in ("full", "lora", "probe"):
+            return finetuned(method, "small" if kind == "random" else model or None)
+        if method in ("knn", "logistic_regression"):
+            return pretrained("random" if kind == "random" else model or None, method)
     raise ValueError(
-        f"A method is one of {', '.join(CLASSIFIERS)}, panfoma:full, panfoma:lora, panfoma:probe, panfoma:knn, the same "
-        f"of random, checkpoint:FOLDER or obsm:KEY, got {name!r}. Use one of these, or pass a function."
+        f"A method is one of {', '.join(CLASSIFIERS)}, panfoma:full, panfoma:lora, panfoma:probe, panfoma:knn, "
+        "panfoma:logistic_regression, the same of random, checkpoint:FOLDER or obsm:KEY, got "
+        f"{name!r}. Use one of these, or pass a function."
     )
 
 
@@ -219,7 +239,8 @@ def embedder_of(name: str | Callable) -> tuple[Embedder | None, Callable | None]
     ----------
     name
         A key of `baselines.EMBEDDERS`; "panfoma" or "random", as they are; "panfoma:adapted" by `adapted_embedder`;
-        "panfoma:full", "panfoma:lora" by `supervised_embedder`, and "panfoma:logits" its logits; "obsm:KEY"; a function is taken as an embedder.
+        "panfoma:full", "panfoma:lora" and the same of random by `supervised_embedder`, "panfoma:logits" the logits of
+        a probe; "obsm:KEY"; a function is taken as an embedder.
 
     Raises
     ------
@@ -234,8 +255,7 @@ def embedder_of(name: str | Callable) -> tuple[Embedder | None, Callable | None]
     if kind == "obsm" and method:
         return of_obsm(method), None
     if kind in ("panfoma", "random") and not method:
-        model = None if kind == "panfoma" else "random"
-        return lambda cells, *, batch=None, seed=0, layer=None: embeddings(cells, model, seed=seed, layer=layer), None
+        return _embedder("random" if kind == "random" else None), None
     start = "small" if kind == "random" else None
     if kind == "panfoma" and method == "adapted":
         return None, adapted_embedder()
@@ -244,6 +264,16 @@ def embedder_of(name: str | Callable) -> tuple[Embedder | None, Callable | None]
     if kind == "panfoma" and method == "logits":
         return None, supervised_embedder("probe", start, output="logits")
     raise ValueError(
-        f"A way to embed is one of {', '.join(EMBEDDERS)}, panfoma, random, panfoma:adapted, panfoma:full, panfoma:lora, "
-        f"panfoma:logits or obsm:KEY, got {name!r}. Use one of these, or pass a function."
+        f"A way to embed is one of {', '.join(EMBEDDERS)}, panfoma, random, panfoma:adapted, panfoma:full, "
+        "panfoma:lora, random:full, random:lora, panfoma:logits or obsm:KEY, got "
+        f"{name!r}. Use one of these, or pass a function."
     )
+
+
+def _embedder(model: str | None) -> Embedder:
+    """`embeddings` behind the interface of `baselines.EMBEDDERS`; batches are not read."""
+
+    def run(cells, *, batch: str | None = None, seed: int = 0, layer: str | None = None) -> np.ndarray:
+        return embeddings(cells, model, seed=seed, layer=layer)
+
+    return run

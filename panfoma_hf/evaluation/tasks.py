@@ -50,13 +50,18 @@ class Task:
     donor
         Column of ``obs`` by which intervals are drawn and donors named; None takes ``groups``.
     metrics
-        Those that are reported.
+        Those that are reported with intervals; empty takes those of the kind.
     test_size
         Share of cells to hold out.
     most_cells
         Cells that are drawn where there are more; None takes all.
     note
         What must be said wherever a score is shown.
+
+    Raises
+    ------
+    ValueError
+        If there is no such kind or metric, or a column that the task needs is not named.
     """
 
     name: str
@@ -67,13 +72,30 @@ class Task:
     held_out: tuple[str, ...] = ()
     batch: str | None = None
     donor: str | None = None
-    metrics: tuple[str, ...] = CLASSIFICATION_METRICS
+    metrics: tuple[str, ...] = ()
     test_size: float = 0.3
     most_cells: int | None = None
     note: str = ""
 
+    def __post_init__(self):
+        known = {ANNOTATION: CLASSIFICATION_METRICS, INTEGRATION: INTEGRATION_METRICS}
+        if self.kind not in known:
+            raise ValueError(f"A task's kind is one of {', '.join(known)}, got {self.kind!r}. Use one of these.")
+        object.__setattr__(self, "metrics", tuple(self.metrics) or known[self.kind])
+        if not set(self.metrics) <= set(known[self.kind]):
+            raise ValueError(
+                f"Metrics of {self.kind} are {', '.join(known[self.kind])}, got {', '.join(self.metrics)}. Use these."
+            )
+        if self.kind == INTEGRATION and self.batch is None:
+            raise ValueError("Integration mixes batches, got no column of them. Name one with `batch`.")
+        if self.held_out and self.groups in (None, "auto"):
+            raise ValueError(
+                f"Values are held out of a column, got {', '.join(self.held_out)} and `groups` {self.groups!r}. Name "
+                "the column with `groups`."
+            )
+
     def load(self, data: str | Path | None = None) -> ad.AnnData:
-        """The labelled cells of labels that have at least five, drawn where there are too many.
+        """A copy of the labelled cells of labels that have at least five; of these, some where there are too many.
 
         Raises
         ------
@@ -93,18 +115,21 @@ class Task:
                     f"A task's columns are in obs, got {column!r} for {self.name}, which has {', '.join(cells.obs)}. "
                     "Name one of these."
                 )
-        labels = cells.obs[self.label]
+        # As text, so that unused categories, booleans and numbers are names like others.
+        labels = cells.obs[self.label].astype(object)
+        labels = labels.where(labels.isna(), labels.astype(str))
         counts = labels.value_counts()
         kept = np.flatnonzero(labels.isin(counts.index[counts >= FEWEST_CELLS]).to_numpy())
         if self.most_cells is not None and len(kept) > self.most_cells:
             kept = np.sort(np.random.default_rng(0).choice(kept, self.most_cells, replace=False))
-        cells = cells[kept].copy()
-        cells.obs[self.label] = cells.obs[self.label].astype(str)
-        if cells.obs[self.label].nunique() < 2:
+        if labels.iloc[kept].nunique() < 2:
+            shown = ", ".join(f"{name} ({count:,})" for name, count in counts.head(5).items())
             raise ValueError(
-                f"A task needs two labels of at least {FEWEST_CELLS} cells, got {counts.to_dict()} in {self.label!r} of "
+                f"A task needs two labels of at least {FEWEST_CELLS} cells, got {shown or 'none'} in {self.label!r} of "
                 f"{self.name}. Add cells, or take another column."
             )
+        cells = cells[kept].copy()
+        cells.obs[self.label] = labels.iloc[kept].to_numpy()
         return cells
 
 
@@ -168,82 +193,85 @@ def evaluate_task(
     seeds
         Of splits and methods.
     budget
-        Share of the training cells' labels that a method may see, drawn within each label, at least one of each.
+        Share of the training cells that a method may see, drawn within each label, at least two of each where there
+        are. Smaller budgets are part of larger ones.
     layer
         As in `panfoma_hf.finetune`.
 
     Returns
     -------
-    For annotation, metrics of the held-out cells; ``calibration_error``; and with donors, ``donor_accuracy``, where each
-    donor is called what its cells' mean probabilities say. Intervals draw donors anew, and cells where there are none,
-    averaged over the seeds; see `metrics.bootstrap_interval`.
-    For integration, each metric twice: ``unseen/<metric>``, of half of the cells, while a method that is trained learned
-    from the other half; and ``seen/<metric>``, of all cells after learning from these, as the paper does. Where nothing
-    is trained, cells are embedded as they are. ``_low`` and ``_high`` are the lowest and the highest of the seeds.
+    For annotation, metrics of the held-out cells, where a label that the training cells lack counts as wrong;
+    ``calibration_error``, of the cells whose label they have; and with donors, ``donor_accuracy``, the share of them
+    that are called what most of their cells are, by the mean of the cells' probabilities. Intervals draw donors anew,
+    and cells where there are fewer than two, averaged over the seeds; see `metrics.bootstrap_interval`.
+    For integration, each metric twice: ``unseen/<metric>``, of half of the cells, while a method that is trained
+    learned from the other half; and ``seen/<metric>``, of all cells after learning from these, as the paper does. Where
+    nothing is trained, all cells are embedded once, and both are scores of that. ``_low`` and ``_high`` are the lowest
+    and the highest of several seeds.
 
     Raises
     ------
     ValueError
-        If the method is not known or the cells cannot be split.
+        If the method is not known, the cells cannot be split, or there is no seed or budget.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"`budget` is a share of the labels above 0 and up to 1, got {budget}. 1 shows all.")
     if not len(seeds):
         raise ValueError("At least one seed is needed, got none. Three show how much a score depends on the draw.")
-    cells = task.load(data) if cells is None else cells
-    if task.kind == INTEGRATION:
-        return _integration(task, cells, model, seeds, layer)
-    return _annotation(task, cells, classifier_of(model), seeds, budget, layer)
+    run = _integration if task.kind == INTEGRATION else _annotation
+    method = embedder_of(model) if task.kind == INTEGRATION else classifier_of(model)  # wrong names fail before loading
+    return run(task, task.load(data) if cells is None else cells, method, seeds, budget, layer)
 
 
 def split_task(task: Task, cells: ad.AnnData, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of training and test cells."""
-    labels = cells.obs[task.label].to_numpy()
-    column = find_groups(cells.obs, task.label, task.test_size) if task.groups == "auto" else task.groups
-    if task.held_out:
-        is_test = cells.obs[column].astype(str).isin(task.held_out).to_numpy()
-        if is_test.all() or not is_test.any():
-            raise ValueError(
-                f"A fixed split needs cells on both sides, got {int(is_test.sum()):,} of {len(is_test):,} with "
-                f"{column} in {', '.join(task.held_out)}. Name other values."
-            )
-        return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+    """Positions of training and test cells.
+
+    Raises
+    ------
+    ValueError
+        If the cells cannot be split, or a fixed split leaves too few on a side.
+    """
+    column = _column_of_groups(task, cells)
     groups = None if column is None else cells.obs[column].astype(str)
-    split = split_cells(labels, groups=groups, test_size=task.test_size, seed=seed)
-    return split.train, split.test
+    if not task.held_out:
+        split = split_cells(cells.obs[task.label].to_numpy(), groups=groups, test_size=task.test_size, seed=seed)
+        return split.train, split.test
+    is_test = groups.isin(task.held_out).to_numpy()
+    if is_test.all() or is_test.sum() < 2:
+        raise ValueError(
+            f"A fixed split needs training cells and at least two test cells, got {int(is_test.sum()):,} of "
+            f"{len(is_test):,} with {column} in {', '.join(task.held_out)}. Name other values."
+        )
+    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+
+
+def _column_of_groups(task: Task, cells: ad.AnnData) -> str | None:
+    return find_groups(cells.obs, task.label, task.test_size) if task.groups == "auto" else task.groups
 
 
 def _annotation(task, cells, classifier, seeds, budget, layer) -> TaskResult:
     result = TaskResult({}, [])
-    donors = None if (task.donor or task.groups) in (None, "auto") else cells.obs[task.donor or task.groups].astype(str)
+    donor = task.donor or _column_of_groups(task, cells)
+    donors = None if donor is None else cells.obs[donor].astype(str).to_numpy()
+    labels = cells.obs[task.label].to_numpy().astype(str)
     intervals = {metric: [] for metric in task.metrics}
     for seed in seeds:
         train, test = split_task(task, cells, seed)
         if budget < 1:
-            train = _budget(train, cells.obs[task.label].to_numpy(), budget, seed)
+            train = _budget(train, labels, budget, seed)
         learned, asked = cells[train].copy(), cells[test].copy()
         if result.leakage is None:
             result.leakage = find_leakage(learned, asked, task.label)
-        true = asked.obs[task.label].to_numpy().astype(str)
         del asked.obs[task.label]  # nothing can look
         started = time.perf_counter()
         found = classifier(learned, asked, task.label, seed=seed, layer=layer)
         seconds = time.perf_counter() - started
-        scores = classification_metrics(true, found.labels)
-        known = np.isin(true, found.names)
-        if known.any():
-            ids = (
-                np.searchsorted(found.names, true[known]) if _is_sorted(found.names) else _ids(found.names, true[known])
-            )
-            scores["calibration_error"] = expected_calibration_error(found.probabilities[known], ids)
-        of_test = None if donors is None else donors.iloc[test].to_numpy()
-        if of_test is not None:
-            scores["donor_accuracy"] = _donor_accuracy(true, found, of_test)
+        of_test = None if donors is None else donors[test]
+        result.by_seed.append(_scores(labels[test], found, of_test) | {"seconds": seconds})
+        drawn = of_test if of_test is not None and len(set(of_test)) > 1 else None
         for metric, bounds in intervals.items():
-            drawn = of_test if of_test is not None and len(set(of_test)) > 1 else None
-            bounds.append(bootstrap_interval(true, found.labels, drawn, metric, seed=seed))
-        result.by_seed.append(scores | {"seconds": seconds})
-        result.true.append(true)
+            bounds.append(bootstrap_interval(labels[test], found.labels, drawn, metric, seed=seed))
+        result.true.append(labels[test])
         result.predicted.append(found.labels)
         result.probabilities.append(found)
     result.scores = _means(result.by_seed)
@@ -253,17 +281,24 @@ def _annotation(task, cells, classifier, seeds, budget, layer) -> TaskResult:
     return result
 
 
-def _is_sorted(names: np.ndarray) -> bool:
-    return bool((names[:-1] <= names[1:]).all())
-
-
-def _ids(names: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    position = {name: index for index, name in enumerate(names.tolist())}
-    return np.array([position[label] for label in labels.tolist()])
+def _scores(true: np.ndarray, found: Predictions, donors: np.ndarray | None) -> dict[str, float]:
+    if len(found.probabilities) != len(true):
+        raise ValueError(
+            f"A method must say something of each of the {len(true):,} test cells, got {len(found.probabilities):,}. "
+            "Give one row of probabilities for each."
+        )
+    scores = classification_metrics(true, found.labels)
+    ids = found.ids(true)
+    known = ids >= 0
+    if known.any():
+        scores["calibration_error"] = expected_calibration_error(found.probabilities[known], ids[known])
+    if donors is not None:
+        scores["donor_accuracy"] = _donor_accuracy(true, found, donors)
+    return scores
 
 
 def _budget(train: np.ndarray, labels: np.ndarray, budget: float, seed: int) -> np.ndarray:
-    """Some of the training cells of each label, at least two where there are; smaller budgets are part of larger ones."""
+    """Some training cells of each label, at least two where there are; smaller budgets are part of larger ones."""
     order = np.random.default_rng(seed).permutation(train)
     kept = []
     for label in np.unique(labels[train]):
@@ -273,7 +308,7 @@ def _budget(train: np.ndarray, labels: np.ndarray, budget: float, seed: int) -> 
 
 
 def _donor_accuracy(true: np.ndarray, found: Predictions, donors: np.ndarray) -> float:
-    """Share of the donors of one label that are called by it, by the mean of their cells' probabilities."""
+    """Share of the donors that are called what most of their cells are, by the mean of their cells' probabilities."""
     hits = []
     for donor in np.unique(donors):
         of_donor = donors == donor
@@ -283,28 +318,34 @@ def _donor_accuracy(true: np.ndarray, found: Predictions, donors: np.ndarray) ->
     return float(np.mean(hits))
 
 
-def _integration(task, cells, model, seeds, layer) -> TaskResult:
-    embedder, trainable = embedder_of(model)
+def _integration(task, cells, method, seeds, budget, layer) -> TaskResult:
+    if budget < 1:
+        raise ValueError(f"Integration has no budget of labels, got {budget}. Leave it out.")
+    embedder, trainable = method
     result = TaskResult({}, [])
-    labels, batches = (cells.obs[column].astype(str).to_numpy() for column in (task.label, task.batch))
+    labels, batches = (cells.obs[column].astype(str).to_numpy().astype(str) for column in (task.label, task.batch))
+    # Every label and batch is in both halves, as far as there are two cells of them.
+    pairs = np.char.add(np.char.add(labels, "\t"), batches)
+    asked = cells.copy()
+    del asked.obs[task.label]  # nothing can look
     for seed in seeds:
-        # Every label and batch is in both halves, as far as there are two cells of them.
-        pairs = np.char.add(np.char.add(labels.astype(str), "\t"), batches.astype(str))
         split = split_cells(pairs, test_size=0.5, seed=seed)
-        everything = np.arange(cells.n_obs)
-        scores = {}
         started = time.perf_counter()
-        for name, train, test in (("unseen", split.train, split.test), ("seen", everything, everything)):
-            asked = cells[test].copy()
-            if trainable is None:
-                embedding = embedder(asked, batch=task.batch, seed=seed, layer=layer)
-            else:
-                embedding = trainable(cells[train].copy(), asked, task.label, seed=seed, layer=layer)
-            found = integration_metrics(embedding, labels[test], batches[test], seed=seed)
+        if trainable is None:
+            seen = _checked(embedder(asked, batch=task.batch, seed=seed, layer=layer), cells)
+            unseen = seen[split.test]
+        else:
+            held_out = asked[split.test].copy()
+            unseen = trainable(cells[split.train].copy(), held_out, task.label, seed=seed, layer=layer)
+            unseen = _checked(unseen, held_out)
+            seen = _checked(trainable(cells.copy(), asked, task.label, seed=seed, layer=layer), cells)
+        scores = {"seconds": time.perf_counter() - started}
+        for name, embedding, scored in (("unseen", unseen, split.test), ("seen", seen, np.arange(cells.n_obs))):
+            found = integration_metrics(embedding, labels[scored], batches[scored], seed=seed)
             scores |= {f"{name}/{metric}": found[metric] for metric in task.metrics}
-            if name == "unseen" and result.embedding is None:
-                result.embedding = (np.asarray(embedding), test)
-        result.by_seed.append(scores | {"seconds": time.perf_counter() - started})
+        if result.embedding is None:
+            result.embedding = (unseen, split.test)
+        result.by_seed.append(scores)
     result.scores = _means(result.by_seed)
     if len(seeds) > 1:
         for name in result.by_seed[0]:
@@ -314,5 +355,16 @@ def _integration(task, cells, model, seeds, layer) -> TaskResult:
     return result
 
 
+def _checked(embedding, cells: ad.AnnData) -> np.ndarray:
+    embedding = np.asarray(embedding)
+    if len(embedding) != cells.n_obs:
+        raise ValueError(
+            f"A method must embed each of the {cells.n_obs:,} cells, got {len(embedding):,} rows. Give one for each."
+        )
+    return embedding
+
+
 def _means(by_seed: list[dict[str, float]]) -> dict[str, float]:
-    return {key: float(np.mean([scores[key] for scores in by_seed if key in scores])) for key in by_seed[0]}
+    """Means over the seeds that have a score."""
+    names = dict.fromkeys(name for scores in by_seed for name in scores)
+    return {name: float(np.mean([scores[name] for scores in by_seed if name in scores])) for name in names}

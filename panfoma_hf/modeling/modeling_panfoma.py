@@ -608,7 +608,7 @@ class PanFoMaModel(PanFoMaPreTrainedModel):
 
     # The body of a checkpoint with a head is loaded without a report of what the head would have been.
     _keys_to_ignore_on_load_unexpected = [
-        r"^((classifier|gene_head|cell_head|cell_proj|gene_id_proj|presence_proj|\w+_priors)\.|log_bin_frequencies$)"
+        r"^((classifier|gene_logits|gene_head|cell_head|cell_proj|gene_id_proj|presence_proj|\w+_priors)\.|log_bin_frequencies$)"
     ]
 
     def __init__(self, config: PanFoMaConfig):

@@ -96,7 +96,9 @@ def check_replaceable(folder: str | Path) -> None:
     if folder.is_dir():
         others = sorted(path.name for path in folder.iterdir() if not CHECKPOINT_FILES.fullmatch(path.name))
         config = folder / "config.json"
-        if not others and config.exists() and '"model_type": "panfoma"' not in config.read_text(encoding="utf-8"):
+        if not config.exists():  # any folder may have a README.md
+            others += [name for name in ("README.md", "finetuning.json") if (folder / name).exists()]
+        elif not others and '"model_type": "panfoma"' not in config.read_text(encoding="utf-8"):
             others = ["the config.json of another model"]
     if others:
         raise FileExistsError(

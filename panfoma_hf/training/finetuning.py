@@ -1,11 +1,15 @@
 """Fine-tuning: a recipe over `transformers.Trainer`, judged beside simple methods on the same cells."""
 
+import copy
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
+from itertools import pairwise
+from numbers import Integral, Real
 from pathlib import Path
+from types import ModuleType
 
 import anndata as ad
 import numpy as np
@@ -36,10 +40,10 @@ from .heads import (
     EMBEDDING_STRENGTHS,
     GENE_STRENGTH,
     GENE_STRENGTHS,
-    MOST_CELLS,
     add_gene_logits,
     bins_matrix,
     cross_entropy,
+    draw_cells,
     pool,
     solve,
     standardised,
@@ -56,7 +60,6 @@ DEFAULT_ARGUMENTS = {
     "num_train_epochs": 5,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
-    "learning_rate": 1e-3,
     "warmup_steps": 0.1,  # of all steps
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
@@ -66,6 +69,9 @@ DEFAULT_ARGUMENTS = {
     "report_to": "none",
 }
 MODES = ("full", "lora", "probe")
+# Random weights take large steps; pretrained ones with a classifier that is solved are spoiled by them.
+FRESH_LEARNING_RATE = 1e-3
+LEARNING_RATES = {"full": 1e-4, "lora": 3e-4, "probe": 1e-4}
 # Rank and scale of the adapters, and the layers that have one: all that multiply by a matrix.
 LORA_RANK, LORA_SCALE = 8, 16
 LORA_LAYERS = ["qkv_proj", "out_proj", "mlp_up_proj", "mlp_down_proj", "in_proj", "x_proj", "gate_proj"]
@@ -120,9 +126,10 @@ def finetune(
     """Fine-tune PanFoMa to name cells, compare it with simple methods on the same cells, and save the checkpoint.
 
     The classifier starts as logistic regression on the embeddings, and the rest of the model is trained from there, as
-    Kumar et al. (ICLR 2022) advise. The weights that were best on the validation cells are kept. Then logistic regression on the
-    bins of genes joins it (``config.use_gene_logits``), each weighed as the validation cells ask for. On these, too,
-    probabilities are calibrated and the score is found below which `panfoma_hf.annotate` leaves cells "Unassigned".
+    Kumar et al. (ICLR 2022) advise. The weights that were best on the validation cells are kept. Then logistic
+    regression on the bins of genes joins it (``config.use_gene_logits``), each weighed as the validation cells ask for.
+    On these, too, probabilities are calibrated and the score is found below which `panfoma_hf.annotate` leaves cells
+    "Unassigned".
 
     Parameters
     ----------
@@ -157,7 +164,7 @@ def finetune(
         Whether rare classes weigh more in the loss, by the inverse square root of their number of cells.
     early_stopping
         Evaluations (epochs, unless ``eval_strategy`` says otherwise) without a better macro-F1 after which training
-        stops; None trains to the end. The best weights are kept in either case.
+        stops; None trains to the end. The best weights are kept in either case; ``eval_strategy="no"`` keeps the last.
     max_error
         Share of the named cells that may be wrong at the threshold of "Unassigned".
     baselines
@@ -173,8 +180,8 @@ def finetune(
 
     Returns
     -------
-    The trainer, whose ``model`` is trained, whose ``evaluate()`` gives accuracy and macro-F1, and whose ``report`` holds
-    what ``finetuning.json`` does.
+    The trainer, whose ``model`` is trained, whose ``evaluate()`` gives accuracy and macro-F1, and whose ``report``
+    holds what ``finetuning.json`` does.
 
     Raises
     ------
@@ -187,16 +194,12 @@ def finetune(
         If mode "lora" is asked for without PEFT.
     """
     check_replaceable(output_dir)
-    if mode not in MODES:
-        raise ValueError(f"`mode` is one of {', '.join(MODES)}, got {mode!r}. Use one of these.")
-    if seeds is not None and (not len(seeds) or validation is None):
-        raise ValueError(
-            f"Several seeds are compared on validation cells, got seeds {list(seeds)} and validation {validation!r}. "
-            "Give at least one seed, and validation cells or a share to hold out."
-        )
+    seeds = None if seeds is None else [int(seed) for seed in seeds]
+    _check_arguments(mode, validation, max_error, seeds)
     model = checkpoint() if model is None else model
     labels = [label] if isinstance(label, str) else list(label)
-    seed = training_arguments.pop("seed", 42) if seeds is None else seeds[0]
+    seed = training_arguments.pop("seed", 42)
+    seeds = seeds or [seed]
     study = _read_study(
         cells,
         labels,
@@ -204,26 +207,28 @@ def finetune(
         groups,
         model,
         gene_set,
-        seed,
+        seeds[0],
         layer=layer,
         gene_column=gene_column,
         min_coverage=min_coverage,
     )
-    runs = [
-        _Run(study, model, mode, class_weights, early_stopping, gene_logits, one_seed, output_dir, training_arguments)
-        for one_seed in (seeds or [seed])
-    ]
-    for run in runs:
+    power = CLASS_WEIGHT_POWER if class_weights else 0.0
+    best, scores = None, {}
+    for seed in seeds:
+        run = _Run(study, model, mode, power, early_stopping, gene_logits, seed, output_dir, training_arguments)
         run.train()
-    best = max(runs, key=lambda run: run.rank())
+        scores[str(seed)] = run.scores
+        if best is None or run.rank() > best.rank():
+            best = run  # the others' weights are let go
     report = study.report | {"mode": mode, "started_from": _name_of_model(model), "seed": best.seed}
-    report["seeds"] = {str(run.seed): run.scores for run in runs}
+    report["seeds"] = scores
     report["tasks"] = {
-        name: {**best.scores.get(name, {}), "calibration": best.calibrate(name, max_error)} for name in study.names
+        name: {**copy.deepcopy(best.scores.get(name, {})), "calibration": best.calibrate(name, max_error)}
+        for name in study.names
     }
     if baselines and study.validation is not None:
-        _add_baselines(report, study, layer, seed)
-    _add_warnings(report, study)
+        _add_baselines(report, study, layer, best.seed)
+    _add_warnings(report)
 
     trainer = best.trainer
     classifier = trainer.model
@@ -237,6 +242,30 @@ def finetune(
     trainer.accelerator.wait_for_everyone()
     classifier.name_or_path = str(output_dir)  # not where it started from
     return trainer
+
+
+def _check_arguments(mode: str, validation, max_error: float, seeds: list[int] | None) -> None:
+    """Whatever is wrong with the arguments is said before a file is read."""
+    if mode not in MODES:
+        raise ValueError(f"`mode` is one of {', '.join(MODES)}, got {mode!r}. Use one of these.")
+    if mode == "lora":
+        _peft()
+    if _is_share(validation) and not 0 < validation < 1:
+        raise ValueError(
+            f"`validation` as a share of the cells is between 0 and 1, got {validation}. Pass 0.15, or cells; None "
+            "does without."
+        )
+    if not 0 <= max_error < 1:
+        raise ValueError(f"`max_error` is a share from 0 up to, not including, 1, got {max_error}. Such as 0.05.")
+    if seeds is not None and (not seeds or validation is None):
+        raise ValueError(
+            f"Several seeds are compared on validation cells, got seeds {seeds} and validation {validation!r}. "
+            "Give at least one seed, and validation cells or a share to hold out."
+        )
+
+
+def _is_share(validation) -> bool:
+    return isinstance(validation, Real)
 
 
 @dataclass
@@ -262,29 +291,41 @@ class _Study:
         """Number of labels of each task."""
         return [len(names) for names in self.names.values()]
 
+    def class_weights(self, power: float) -> torch.Tensor:
+        """(labels,), weights in the loss of the labels of all tasks."""
+        tasks = zip(self.train_labels.T, self.sizes, strict=True)
+        return torch.cat([balanced_class_weights(ids, size, power) for ids, size in tasks])
+
 
 def _read_study(cells, labels, validation, groups, model, gene_set, seed, *, layer, **reading) -> _Study:
     """Read and split the cells, choose the genes, and tokenize."""
     name, validation_name = name_of(cells), "the validation cells"
     cells = read_cells(cells)
-    known = [_labels(cells, label, may_lack=len(labels) > 1) for label in labels]
+    known, validation_known = _all_labels(cells, labels), None
     split = {"groups": None, "held_out": [], "leakage": []}
-    if isinstance(validation, (int, float)):
+    if _is_share(validation):
         column = find_groups(cells.obs, labels[0], validation) if groups == "auto" else groups
-        train, held_out, split = _split(cells, known[0], column, validation, seed)
+        train, held_out, split = _split(cells, known, column, validation, seed)
         validation, cells = cells[held_out].copy(), cells[train].copy()
+        known, validation_known = (
+            {label: of_label[rows] for label, of_label in known.items()} for rows in (train, held_out)
+        )
     elif validation is not None:
-        validation_name = name_of(validation)
+        if not isinstance(validation, ad.AnnData):
+            validation_name = name_of(validation)
         validation = read_cells(validation)
+        validation_known = _all_labels(validation, labels)
         split["held_out"] = [validation_name]
-    names = {label: sorted(set(_known(_labels(cells, label, len(labels) > 1)))) for label in labels}
+    names = {label: sorted(set(_known(of_label))) for label, of_label in known.items()}
     for label, of_label in names.items():
         if len(of_label) < 2:
             raise ValueError(
                 f"At least two labels are needed to learn a difference, got {of_label} in obs[{label!r}]. "
                 "Add cells of another label, or name another column."
             )
+    train_ids, validation_ids = _label_ids(known, names), None
     if validation is not None:
+        validation_ids = _label_ids(validation_known, names)
         leakage = find_leakage(cells, validation, labels[0])
         split["leakage"] = leakage.messages()
         if leakage.is_leak or leakage.telling_columns:
@@ -294,11 +335,11 @@ def _read_study(cells, labels, validation, groups, model, gene_set, seed, *, lay
     chosen = _gene_set(gene_set, cells, name, tokenizer, layer, reading)
     if chosen is not None:
         tokenizer.gene_set = chosen
-    train_ids, train_dataset = _labelled_dataset(cells, names, tokenizer, layer=layer, name=name, **reading)
-    validation_ids = validation_dataset = None
+    train_dataset = _labelled_dataset(cells, train_ids, tokenizer, layer=layer, name=name, **reading)
+    validation_dataset = None
     if validation is not None:
-        validation_ids, validation_dataset = _labelled_dataset(
-            validation, names, tokenizer, layer=layer, name=validation_name, **reading
+        validation_dataset = _labelled_dataset(
+            validation, validation_ids, tokenizer, layer=layer, name=validation_name, **reading
         )
     report = {
         "labels": {label: len(of_label) for label, of_label in names.items()},
@@ -316,35 +357,59 @@ def _read_study(cells, labels, validation, groups, model, gene_set, seed, *, lay
     )
 
 
-def _split(cells, labels, column, share, seed) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Positions to train on and to hold out, and what to report of that."""
-    rows = np.array([label is not None for label in labels])
-    if not rows.all():  # of several tasks: cells without the first one's label are trained on
-        labels = np.where(rows, labels, "")
+def _split(
+    cells: ad.AnnData, known: dict[str, np.ndarray], column: str | None, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Positions to train on and to hold out, by the first task's labels, and what to report of that.
+
+    A label of another task that only held-out groups have is struck from ``known``.
+    """
     if column is not None and column not in cells.obs:
         raise ValueError(
             f"`groups` must be a column of obs, got {column!r}; the columns are {sorted(cells.obs)}. Name one of "
             "these, or pass None to split by cell."
         )
-    labelled = np.flatnonzero(rows)
+    first = next(iter(known.values()))
+    is_labelled = np.array([label is not None for label in first])
+    labelled = np.flatnonzero(is_labelled)
     groups = None if column is None else cells.obs[column].iloc[labelled]
-    split = split_cells(labels[labelled], groups=groups, test_size=share, seed=seed)
+    split = split_cells(first[labelled], groups=groups, test_size=share, seed=seed)
     held_out = labelled[split.test]
-    if split.only_in_test:
-        # Whoever fine-tunes wants these names learned; they are not scored then.
-        held_out = held_out[~np.isin(labels[held_out].astype(str), split.only_in_test)]
+    is_train = np.ones(cells.n_obs, dtype=bool)
+    is_train[held_out] = False
+    if column is not None:  # cells of the same groups without the first task's label would leak
+        is_train[~is_labelled & cells.obs[column].astype(str).isin(split.held_out).to_numpy()] = False
+    for label, of_label in known.items():
+        lost = set(_known(of_label[held_out])) - set(_known(of_label[is_train]))
+        if not lost:
+            continue
+        is_lost = np.array([name in lost for name in of_label[held_out]])
+        where = "cells" if column is None else f"groups of {column!r}"
+        if column is None or of_label is first:
+            # Whoever fine-tunes wants these names learned; they are not scored then.
+            is_train[held_out[is_lost]] = True
+            held_out = held_out[~is_lost]
+            outcome = "Their cells are trained on, not scored."
+        else:
+            of_label[held_out[is_lost]] = None
+            outcome = "They are not learned."
         logger.warning(
-            f"Labels should be in several groups of {column!r} to be both learned and scored, got "
-            f"{', '.join(split.only_in_test)} in the held-out ones only. Their cells are trained on, not scored."
+            f"Labels should be in several {where} to be both learned and scored, got {_listed(lost)} of {label!r} in "
+            f"held-out ones only. {outcome}"
         )
-    train = np.setdiff1d(np.arange(cells.n_obs), held_out)
-    if column is not None:  # other cells of the groups that are held out would leak
-        is_held_out = cells.obs[column].astype(str).isin(set(split.held_out)).to_numpy()
-        unlabelled = np.flatnonzero(~rows & is_held_out)
-        train = np.setdiff1d(train, unlabelled)
-    if split.only_in_train and column is not None:
-        logger.warning(f"No validation cell has the label {', '.join(split.only_in_train)}: it is not scored.")
-    return train, held_out, {"groups": column, "held_out": list(split.held_out), "leakage": []}
+    if not len(held_out):
+        raise ValueError(
+            f"Held-out cells must have labels that are learned from others, got none in two groups of {column!r}. "
+            "Name another column as `groups`, or pass None to split by cell."
+        )
+    for label, of_label in known.items():
+        if not_scored := set(_known(of_label[is_train])) - set(_known(of_label[held_out])):
+            logger.warning(f"No validation cell has the {label!r} {_listed(not_scored)}: not scored.")
+    return np.flatnonzero(is_train), held_out, {"groups": column, "held_out": list(split.held_out), "leakage": []}
+
+
+def _listed(names: set[str], most: int = 5) -> str:
+    return ", ".join(sorted(names)[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _gene_set(gene_set, cells, name, tokenizer, layer, reading) -> Sequence[str] | None:
@@ -367,71 +432,89 @@ def _gene_set(gene_set, cells, name, tokenizer, layer, reading) -> Sequence[str]
     return gene_set
 
 
-def _labels(cells: ad.AnnData, label: str, may_lack: bool = False) -> np.ndarray:
-    """(cells,), the names in a column of ``obs``; None where one is missing, which is an error unless some may lack."""
-    if label not in cells.obs:
+def _all_labels(cells: ad.AnnData, labels: list[str]) -> dict[str, np.ndarray]:
+    """(cells,) names by column of ``obs``; None where one is missing, which is an error if it is the only one."""
+    known = {}
+    for label in labels:
+        if label not in cells.obs:
+            raise ValueError(
+                f"`label` must be a column of obs, got {label!r}; the columns are {sorted(cells.obs)}. Name one of "
+                "these."
+            )
+        names = cells.obs[label].astype(str).to_numpy(dtype=object)
+        names[cells.obs[label].isna().to_numpy()] = None
+        known[label] = names
+    num_missing = sum(all(name is None for name in names) for names in zip(*known.values(), strict=True))
+    if num_missing:
+        one = len(labels) == 1
         raise ValueError(
-            f"`label` must be a column of obs, got {label!r}; the columns are {sorted(cells.obs)}. Name one of these."
+            f"Every cell needs a label, got {num_missing:,} of {cells.n_obs:,} without one in "
+            + (f"obs[{labels[0]!r}]. " if one else f"any of {', '.join(map(repr, labels))}. ")
+            + f"Leave them out: adata[adata.obs[{labels[0] if one else labels!r}].notna()"
+            + ("]." if one else ".any(axis=1)].")
         )
-    is_missing = cells.obs[label].isna().to_numpy()
-    if is_missing.any() and not may_lack:
-        raise ValueError(
-            f"Every cell needs a label, got {int(is_missing.sum()):,} of {cells.n_obs:,} without one in obs[{label!r}]. "
-            f"Leave them out: adata[adata.obs[{label!r}].notna()]."
-        )
-    names = cells.obs[label].astype(str).to_numpy(dtype=object)
-    names[is_missing] = None
-    return names
+    return known
 
 
 def _known(labels: np.ndarray) -> list[str]:
     return [label for label in labels if label is not None]
 
 
-def _labelled_dataset(cells, names, tokenizer, **reading) -> tuple[np.ndarray, Dataset]:
-    """(cells, tasks) ids of the labels, and the data set with them."""
-    ids = np.full((cells.n_obs, len(names)), -100, dtype=np.int64)
-    for task, (label, of_label) in enumerate(names.items()):
-        labels = _labels(cells, label, may_lack=len(names) > 1)
-        if unknown := set(_known(labels)) - set(of_label):
+def _label_ids(known: dict[str, np.ndarray], names: dict[str, list[str]]) -> np.ndarray:
+    """(cells, tasks) ids of the labels, -100 where one is not known."""
+    columns = []
+    for label, of_label in known.items():
+        if unknown := set(_known(of_label)) - set(names[label]):
             raise ValueError(
-                f"Validation cells must have labels of the training cells, got {sorted(unknown)} besides. "
-                "Leave these cells out, or put some of them into the training cells."
+                f"Validation cells must have labels of the training cells, got {sorted(unknown)} besides in "
+                f"obs[{label!r}]. Leave these cells out, or put some of them into the training cells."
             )
-        rows = np.array([name is not None for name in labels])
-        ids[rows, task] = np.searchsorted(of_label, labels[rows].astype(str))
+        ids = {None: -100} | {name: index for index, name in enumerate(names[label])}
+        columns.append([ids[name] for name in of_label])
+    return np.array(columns, dtype=np.int64).T
+
+
+def _labelled_dataset(cells: ad.AnnData, ids: np.ndarray, tokenizer: PanFoMaTokenizer, **reading) -> Dataset:
     tokens, _ = tokenize(cells, tokenizer, **reading)
     warn_of_empty_cells(tokens.lengths)
-    return ids, cell_dataset(tokens, ids if len(names) > 1 else ids[:, 0], has_tasks=len(names) > 1)
+    has_tasks = ids.shape[1] > 1
+    return cell_dataset(tokens, ids if has_tasks else ids[:, 0], has_tasks=has_tasks)
 
 
+@dataclass
 class _Run:
-    """One seed's training."""
+    """One seed's training.
 
-    def __init__(
-        self, study, model, mode, class_weights, early_stopping, gene_logits, seed, output_dir, training_arguments
-    ):
-        self.study, self.start, self.mode, self.seed = study, model, mode, seed
-        self.early_stopping, self.gene_logits = early_stopping, gene_logits
-        self.output_dir, self.training_arguments = output_dir, training_arguments
-        power = CLASS_WEIGHT_POWER if class_weights else 0.0
-        self.class_weights = torch.cat(
-            [
-                balanced_class_weights(ids, size, power)
-                for ids, size in zip(study.train_labels.T, study.sizes, strict=True)
-            ]
-        )
-        self.logits: dict[str, np.ndarray] = {}
-        self.scores: dict[str, dict] = {}
+    ``logits`` (cells, labels) and ``scores`` are of the validation cells that have a task's label, by task;
+    ``gene_shares`` are what genes' logits weigh beside the network's.
+    """
+
+    study: _Study
+    start: str | Path | PanFoMaConfig
+    mode: str
+    class_weight_power: float
+    early_stopping: int | None
+    gene_logits: bool
+    seed: int
+    output_dir: str | Path
+    training_arguments: dict
+    logits: dict[str, np.ndarray] = field(default_factory=dict)
+    scores: dict[str, dict] = field(default_factory=dict)
+    gene_shares: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.class_weights = self.study.class_weights(self.class_weight_power)
 
     def train(self) -> None:
         """Train, add the genes' logits, and score on the validation cells."""
         study = self.study
         has_validation = study.validation is not None
+        is_judged = has_validation and self.training_arguments.get("eval_strategy") != "no"
         arguments = {
             **DEFAULT_ARGUMENTS,
-            "eval_strategy": "epoch" if has_validation else "no",
-            "eval_on_start": has_validation,
+            "learning_rate": LEARNING_RATES[self.mode] if self._is_pretrained else FRESH_LEARNING_RATE,
+            "eval_strategy": "epoch" if is_judged else "no",
+            "eval_on_start": is_judged,
             "dataloader_pin_memory": torch.cuda.is_available(),  # of no use elsewhere, and torch warns
             **self.training_arguments,
             "seed": self.seed,
@@ -448,7 +531,6 @@ class _Run:
             if self._is_pretrained or self.mode == "probe":
                 self._solve_classifier(classifier)
             trained = _with_adapters(classifier) if self.mode == "lora" else classifier
-            tasks = study.names if len(study.names) > 1 else None
             self.trainer = PanFoMaTrainer(
                 model=trained,
                 args=arguments,
@@ -458,15 +540,15 @@ class _Run:
                 processing_class=study.tokenizer,  # saved with every checkpoint that Trainer writes on the way
                 compute_metrics=partial(_compute_metrics, names=study.names),
                 class_weights=self.class_weights,
-                tasks=tasks,
+                tasks=classifier.config.label_tasks,
             )
-            if has_validation and not self.trainer.is_fsdp_enabled:
+            if is_judged and not self.trainer.is_fsdp_enabled:
                 self.trainer.add_callback(KeepBest("eval_macro_f1", self.early_stopping))
             if self.mode != "probe":
                 self.trainer.train()
         classifier = self.trainer.accelerator.unwrap_model(self.trainer.model)
         if self.mode == "lora":
-            classifier = classifier.merge_and_unload()
+            classifier = classifier.merge_and_unload().requires_grad_(True)  # PEFT had frozen it
         self.trainer.model = self.trainer.model_wrapped = classifier
         network = self._logits() if has_validation else None
         if self.gene_logits:
@@ -482,8 +564,8 @@ class _Run:
         """Put logistic regression on the embeddings into the model."""
         study = self.study
         train, labels = study.train_dataset, study.train_labels
-        if len(train) > MOST_CELLS:
-            drawn = np.sort(np.random.default_rng(self.seed).choice(len(train), MOST_CELLS, replace=False))
+        drawn = draw_cells(labels, self.seed)
+        if len(drawn) < len(labels):  # so that the others are not embedded
             train, labels = train.select(drawn), labels[drawn]
         embeddings = embed_dataset(classifier.panfoma, train, study.tokenizer)
         held_out = None
@@ -529,13 +611,13 @@ class _Run:
 
     def _score(self, logits: np.ndarray) -> None:
         """Score every task on the validation cells that have its label."""
-        bounds = np.cumsum([0, *self.study.sizes])
+        bounds = list(pairwise(np.cumsum([0, *self.study.sizes])))
         for task, (name, of_task) in enumerate(self.study.names.items()):
             rows = np.flatnonzero(self.study.validation_labels[:, task] >= 0)
             if not len(rows):
                 continue
             true = self.study.validation_labels[rows, task]
-            self.logits[name] = logits[rows, bounds[task] : bounds[task + 1]]
+            self.logits[name] = logits[rows, slice(*bounds[task])]
             predicted = self.logits[name].argmax(1)
             scores = classification_metrics(true, predicted)
             scores["log_loss"] = cross_entropy(self.logits[name], true)
@@ -578,49 +660,63 @@ class _Run:
         }
 
 
-def _with_adapters(classifier: PanFoMaForCellClassification):
-    """The model with low-rank adapters, which alone are trained, with the classifier."""
+def _peft() -> ModuleType:
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ImportError as error:
         raise ImportError(
             "Mode 'lora' needs PEFT, which is not installed. Run `pip install panfoma-hf[lora]`, or use mode 'full'."
         ) from error
-    adapters = LoraConfig(
+    return peft
+
+
+def _with_adapters(classifier: PanFoMaForCellClassification):
+    """The model with low-rank adapters, which alone are trained, with the classifier."""
+    peft = _peft()
+    adapters = peft.LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_SCALE, target_modules=LORA_LAYERS, modules_to_save=["classifier"]
     )
-    return get_peft_model(classifier, adapters)
+    with warnings.catch_warnings():
+        # PEFT asks for a property that Transformers has renamed since.
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(classifier, adapters)
 
 
 def _add_baselines(report: dict, study: _Study, layer: str | None, seed: int) -> None:
     """Score simple methods on the very same cells; what cannot be run is noted."""
-    for task, (name, of_task) in enumerate(study.names.items()):
-        train, validation = (
-            cells[ids[:, task] >= 0].copy()
-            for cells, ids in ((study.train, study.train_labels), (study.validation, study.validation_labels))
-        )
-        if not validation.n_obs:
+    for task, name in enumerate(study.names):
+        of_task = report["tasks"][name]
+        if "scores" not in of_task:
             continue
-        if train.n_obs > MOST_CELLS:
-            drawn = np.random.default_rng(seed).choice(train.n_obs, MOST_CELLS, replace=False)
-            train = train[np.sort(drawn)].copy()
-            report["tasks"][name]["baseline_train_cells"] = MOST_CELLS
+        ids = study.train_labels[:, task : task + 1]
+        rows = np.flatnonzero(ids[:, 0] >= 0)
+        drawn = draw_cells(ids[rows], seed)
+        if len(drawn) < len(rows):
+            of_task["baseline_train_cells"] = len(drawn)
+        train = _cells_at(study.train, rows[drawn])
+        validation = _cells_at(study.validation, np.flatnonzero(study.validation_labels[:, task] >= 0))
         for baseline in BASELINES:
             try:
                 predicted = CLASSIFIERS[baseline](train, validation, name, seed=seed, layer=layer)
-            except (ImportError, ValueError) as error:
-                report["tasks"][name].setdefault("not_scored", {})[baseline] = str(error)
+            # Whatever is wrong with it, the trained model is not to be lost for it.
+            except Exception as error:
+                of_task.setdefault("not_scored", {})[baseline] = str(error) or type(error).__name__
                 continue
             true = validation.obs[name].astype(str).to_numpy()
-            report["tasks"][name]["scores"][baseline] = classification_metrics(true, predicted.labels)
+            of_task["scores"][baseline] = classification_metrics(true, predicted.labels)
 
 
-def _add_warnings(report: dict, study: _Study) -> None:
+def _cells_at(cells: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
+    """The cells of ascending rows; as they are, without a copy, where that is all."""
+    return cells if len(rows) == cells.n_obs else cells[rows].copy()
+
+
+def _add_warnings(report: dict) -> None:
     """Say where the model predicts one class, or is behind a simple method."""
     for name, task in report["tasks"].items():
         task["warnings"] = []
         scores = task.get("scores", {})
-        if len(task.get("labels_predicted", ())) == 1 and len(study.names[name]) > 1:
+        if len(task.get("labels_predicted", ())) == 1:
             task["warnings"].append(
                 f"The model calls every validation cell {task['labels_predicted'][0]!r}: train longer, or lower the "
                 "learning rate."
@@ -683,10 +779,10 @@ def _compute_metrics(prediction: EvalPrediction, names: dict[str, list[str]]) ->
     ids = np.asarray(prediction.label_ids).reshape(len(logits), -1)
     bounds = np.cumsum([0, *(len(of_task) for of_task in names.values())])
     found = []
-    for task in range(len(names)):
+    for task, (start, stop) in enumerate(pairwise(bounds)):
         rows = np.flatnonzero(ids[:, task] >= 0)
         if len(rows):
-            predicted = logits[rows, bounds[task] : bounds[task + 1]].argmax(1)
+            predicted = logits[rows, start:stop].argmax(1)
             scores = classification_metrics(ids[rows, task], predicted)
             found.append({**scores, "majority_accuracy": float(np.bincount(ids[rows, task]).max() / len(rows))})
     return {key: float(np.mean([scores[key] for scores in found])) for key in found[0]}

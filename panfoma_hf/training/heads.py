@@ -1,6 +1,8 @@
 """Classifiers solved, not trained by steps: logistic regression on cell embeddings and on the bins of genes."""
 
+import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import scipy.sparse as sp
@@ -8,6 +10,7 @@ import torch
 from datasets import Dataset
 from scipy import optimize
 from scipy.special import log_softmax
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -72,9 +75,8 @@ def solve(
     seed
         Of the draw where there are more than `MOST_CELLS` cells.
     """
-    if len(labels) > MOST_CELLS:
-        drawn = np.sort(np.random.default_rng(seed).choice(len(labels), MOST_CELLS, replace=False))
-        features, labels = features[drawn], labels[drawn]
+    drawn = draw_cells(labels, seed)
+    features, labels = features[drawn], labels[drawn]
     parts = []
     for task, (size, weights) in enumerate(zip(sizes, np.split(class_weights, np.cumsum(sizes)[:-1]), strict=True)):
         known = np.flatnonzero(labels[:, task] >= 0)
@@ -92,21 +94,44 @@ def solve(
     return Classifier(np.concatenate([part.weight for part in parts]), np.concatenate([part.bias for part in parts]))
 
 
+def draw_cells(labels: np.ndarray, seed: int, most: int | None = None) -> np.ndarray:
+    """Positions of at most `MOST_CELLS` cells, ascending; a label that the cells have is among those drawn.
+
+    Parameters
+    ----------
+    labels
+        (cells, tasks), as in `solve`.
+    seed
+        Of the draw.
+    most
+        Cells to draw; None takes `MOST_CELLS`.
+    """
+    most = MOST_CELLS if most is None else most
+    if len(labels) <= most:
+        return np.arange(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    of_each_label = np.unique(np.concatenate([np.unique(task, return_index=True)[1] for task in labels[order].T]))
+    return np.sort(np.concatenate([order[of_each_label], np.delete(order, of_each_label)])[:most])
+
+
 def _solve_task(features, labels: np.ndarray, size: int, weights: np.ndarray, strength: float) -> Classifier:
     weight, bias = np.zeros((size, features.shape[1])), np.zeros(size)
     present = np.unique(labels)
     if len(present) == 1:
         bias[present] = 1.0
         return Classifier(weight, bias)
+    # A gene that no cell has keeps a weight of 0, and most of the vocabulary is such genes.
+    used = np.flatnonzero(features.getnnz(axis=0)) if sp.issparse(features) else np.arange(features.shape[1])
     # More steps move predictions by less than what another draw of cells does.
     model = LogisticRegression(C=strength, max_iter=300, tol=1e-3)
-    with np.errstate(all="ignore"):
-        model.fit(features, labels, sample_weight=weights[labels])
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(features[:, used], labels, sample_weight=weights[labels])
     coefficients, intercepts = model.coef_, model.intercept_
     if len(present) == 2:  # scikit-learn gives the logit of the second class alone
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
         intercepts = np.concatenate([-intercepts, intercepts]) / 2
-    weight[present], bias[present] = coefficients, intercepts
+    weight[np.ix_(present, used)], bias[present] = coefficients, intercepts
     bias[np.setdiff1d(np.arange(size), present)] = intercepts.min() - 5  # a label that no training cell has
     return Classifier(weight, bias)
 
@@ -170,8 +195,7 @@ def pool(network: np.ndarray, genes: np.ndarray, labels: np.ndarray, sizes: Sequ
     (tasks, 2), not negative; a half each for a task without validation cells.
     """
     weights = np.full((len(sizes), 2), 0.5)
-    bounds = np.cumsum([0, *sizes])
-    for task, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for task, (start, stop) in enumerate(pairwise(np.cumsum([0, *sizes]))):
         rows = np.flatnonzero(labels[:, task] >= 0)
         if not len(rows):
             continue

@@ -52,10 +52,13 @@ def _held_out(report: dict) -> str:
 def _threshold_sentence(calibration: dict) -> str:
     threshold, error = calibration["unassigned_threshold"], calibration["unassigned_max_error"]
     if not calibration["is_certified"]:
-        return f"Too few validation cells, or too many errors, to vouch for {error:.0%}: every cell is named, with its score."
+        return (
+            f"Too few validation cells, or too many errors, to vouch for {error:.0%}: every cell is named, with its "
+            "score."
+        )
     return (
-        f"Cells with a score below {threshold:.2f} are called Unassigned: {calibration['assigned_share']:.0%} are named, "
-        f"{calibration['unassigned_error']:.1%} of them wrong ({error:.0%} allowed, with 90 % confidence)."
+        f"Cells with a score below {threshold:.2f} are called Unassigned: {calibration['assigned_share']:.0%} are "
+        f"named, {calibration['unassigned_error']:.1%} of them wrong ({error:.0%} allowed, with 90 % confidence)."
     )
 
 

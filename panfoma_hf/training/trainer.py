@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from ..data.collator import DataCollatorForCells
 from ..modeling.modeling_panfoma import multi_task_cross_entropy
@@ -19,7 +20,7 @@ class PanFoMaTrainer(Trainer):
     class_weights
         (labels,), weights of the classes in the loss, or None for equal ones.
     tasks
-        Names of the labels by task, where the model has several; None for one.
+        Names of the labels by task, ``config.label_tasks``, where the model has several; None for one.
     """
 
     def __init__(
@@ -30,7 +31,8 @@ class PanFoMaTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if class_weights is not None:
+        # Trainer's own label smoothing knows one task only.
+        if class_weights is not None or tasks is not None:
             self.compute_loss_func = WeightedCrossEntropy(class_weights, self.args.label_smoothing_factor, tasks)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -70,7 +72,7 @@ class WeightedCrossEntropy:
     Parameters
     ----------
     class_weights
-        (labels,), of mean 1 over the training cells so that the learning rate keeps its meaning.
+        (labels,), of mean 1 over the training cells so that the learning rate keeps its meaning; None for equal ones.
     label_smoothing
         Share of the target that is spread over all classes.
     tasks
@@ -79,7 +81,7 @@ class WeightedCrossEntropy:
 
     def __init__(
         self,
-        class_weights: torch.Tensor,
+        class_weights: torch.Tensor | None,
         label_smoothing: float = 0.0,
         tasks: dict[str, list[str]] | None = None,
     ):
@@ -90,7 +92,7 @@ class WeightedCrossEntropy:
     def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
         """Loss of logits (batch, labels) and class ids (batch,) or (batch, tasks), a scalar."""
         logits = outputs["logits"].float()
-        weights = self.class_weights.to(logits.device)
+        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
         if self.tasks is not None:
             total = multi_task_cross_entropy(logits, labels, self.tasks, 1, weights, self.label_smoothing)
             if num_items_in_batch is None:
@@ -139,6 +141,11 @@ class KeepBest(TrainerCallback):
             self.waited += 1
             if self.patience is not None and self.waited >= self.patience:
                 control.should_training_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Have the last weights judged too, whatever the interval; see `transformers.TrainerCallback`."""
+        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate = True
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Put the best weights back; see `transformers.TrainerCallback`."""

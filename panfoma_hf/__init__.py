@@ -35,6 +35,7 @@ _LAZY = {
     "DataCollatorForMaskedExpression": ".data.collator",
     "LinearProbe": ".evaluation.probes",
     "PanFoMaTrainer": ".training",
+    "Task": ".evaluation.tasks",
     "annotate": ".inference",
     "build_corpus": ".data.corpus",
     "cell_dataset": ".data.dataset",
@@ -45,6 +46,7 @@ _LAZY = {
     "open_cells": ".data.readers",
     "pretrain": ".training",
     "read_expression": ".data.cells",
+    "run_task": ".evaluation.tasks",
     "save_checkpoint": ".training",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "PanFoMaModel",
     "PanFoMaTokenizer",
     "PanFoMaTrainer",
+    "Task",
     "__version__",
     "annotate",
     "build_corpus",
@@ -71,6 +74,7 @@ __all__ = [
     "open_cells",
     "pretrain",
     "read_expression",
+    "run_task",
     "save_checkpoint",
 ]
 

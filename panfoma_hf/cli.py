@@ -2,8 +2,9 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -74,31 +75,32 @@ def finetune(
         float, typer.Option(min=0, max=1, help="Error of named cells that Unassigned is to keep to.")
     ] = 0.05,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE: any argument of finetune() or Trainer.")
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE: any argument of finetune() or Trainer, over the options here."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Learn to name cells from labelled ones; scores stand beside logistic regression on the same held-out cells.
 
-    The folder gets the checkpoint, README.md with the scores, and finetuning.json with all figures.
+    The folder gets the checkpoint, README.md with the scores, and finetuning.json with all figures. Exit code 1 if
+    something is wrong with the cells, their labels or an option; nothing is written then.
     Example: panfoma finetune cells.h5ad my-model --label cell_type --mode probe
     """
     from .training import finetune, read_recipe
 
-    with _told(ImportError):
-        arguments = read_recipe(finetune, None, changes or ())
-        trainer = finetune(
-            cells,
-            labels[0] if len(labels) == 1 else labels,
-            out,
-            model=model,
-            mode=mode,
-            validation=_share_or_file(validation),
-            groups=None if groups == "none" else groups,
-            max_error=max_error,
-            **({"seed": seeds[0]} if seeds and len(seeds) == 1 else {"seeds": seeds}),
-            **{"disable_tqdm": as_json, **arguments},
-        )
+    arguments = {
+        "model": model,
+        "mode": mode,
+        "validation": _share_or_file(validation),
+        "groups": None if groups == "none" else groups,
+        "max_error": max_error,
+        "disable_tqdm": as_json,
+        **({"seed": seeds[0]} if seeds and len(seeds) == 1 else {"seeds": seeds}),
+    }
+    # Trainer prints its log where it draws no bar, which is not to be read as the report.
+    with _told(ImportError), redirect_stdout(sys.stderr):
+        arguments |= read_recipe(finetune, None, changes or ())
+        trainer = finetune(cells, labels[0] if len(labels) == 1 else labels, out, **arguments)
     if as_json:
         typer.echo(json.dumps(trainer.report, indent=2))
     else:
@@ -139,52 +141,60 @@ def evaluate(
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Of splits and methods; 0, 1 and 2.")] = None,
     budget: Annotated[float, typer.Option(min=0, max=1, help="Share of the training labels to learn from.")] = 1.0,
     most_cells: Annotated[int | None, typer.Option(min=10, help="Cells to draw where there are more.")] = None,
+    layer: Annotated[str | None, typer.Option(help="The matrix to read: a layer's name, X or raw.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all scores as JSON.")] = False,
 ) -> None:
     """Score ways to name cells, or to embed them, on splits of a labelled file, side by side.
 
+    What training and test cells have in common, such as donors, is said on stderr. Exit code 1 if something is wrong
+    with the cells or an option, or a method cannot be run.
     Example: panfoma evaluate cells.h5ad --label cell_type --groups donor --method pca_knn --method panfoma:probe
     """
-    from .evaluation.tasks import ANNOTATION, INTEGRATION, INTEGRATION_METRICS, SEEDS, Task, evaluate_task
+    from .evaluation.methods import classifier_of, embedder_of
+    from .evaluation.tasks import ANNOTATION, INTEGRATION, SEEDS, Task, evaluate_task
 
-    if methods is None:
-        methods = (
-            ["pca", "pca_harmony", "panfoma"] if batch else ["majority", "hvg_logistic_regression", "panfoma:probe"]
-        )
+    if batch is None:
+        shown = ["accuracy", "macro_f1"]
+        methods = methods or ["majority", "hvg_logistic_regression", "panfoma:probe"]
+    else:
+        shown = ["unseen/avg_bio", "unseen/avg_batch", "seen/avg_bio", "seen/avg_batch"]
+        methods = methods or ["pca", "pca_harmony", "panfoma"]
     with _told(ImportError):
+        if batch is not None and (groups != "auto" or held_out):
+            raise ValueError("`--batch` splits cells in halves, got `--groups` or `--held-out`, too. Leave these out.")
+        for method in methods:  # a name that is wrong is said before minutes are spent on the others
+            (classifier_of if batch is None else embedder_of)(method)
         task = Task(
             cells.name,
             cells.resolve(),
             label,
-            kind=INTEGRATION if batch else ANNOTATION,
-            groups=None if groups == "none" or batch else groups,
+            kind=ANNOTATION if batch is None else INTEGRATION,
+            groups=None if groups == "none" or batch is not None else groups,
             held_out=tuple(held_out or ()),
             batch=batch,
             most_cells=most_cells,
-            **({"metrics": INTEGRATION_METRICS} if batch else {}),
         )
         loaded = task.load()
+        if not as_json:
+            typer.echo(f"{task.name}: {loaded.n_obs:,} cells, {loaded.obs[label].nunique()} labels")
+            typer.echo(f"{'':<34}" + "".join(f"{name:>26}" for name in shown))
         results = {}
         for method in methods:
-            result = evaluate_task(task, method, cells=loaded, seeds=seeds or SEEDS, budget=budget)
-            results[method] = result.scores
-            if result.leakage is not None and method == methods[0] and not as_json:
+            with _quiet(), redirect_stdout(sys.stderr):
+                result = evaluate_task(task, method, cells=loaded, seeds=seeds or SEEDS, budget=budget, layer=layer)
+            if result.leakage is not None and not results:
                 for message in result.leakage.messages():
                     typer.echo(message, err=True)
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-        return
-    shown = (
-        ["unseen/avg_bio", "unseen/avg_batch", "seen/avg_bio", "seen/avg_batch"] if batch else ["accuracy", "macro_f1"]
-    )
-    typer.echo(f"{task.name}: {loaded.n_obs:,} cells, {loaded.obs[label].nunique()} labels")
-    typer.echo(f"{'':<34}" + "".join(f"{name:>26}" for name in shown))
-    for method, scores in results.items():
-        line = ""
-        for name in shown:
-            low, high = (scores.get(f"{name}_{bound}", scores[name]) for bound in ("low", "high"))
-            line += f"{scores[name]:.3f} ({low:.3f}-{high:.3f})".rjust(26)
-        typer.echo(f"{method:<34}{line}")
+            results[method] = result.scores
+            if not as_json:
+                typer.echo(f"{method:<34}" + "".join(f"{_interval(result.scores, name):>26}" for name in shown))
+        if as_json:
+            typer.echo(json.dumps(results, indent=2))
+
+
+def _interval(scores: dict[str, float], name: str) -> str:
+    low, high = (scores.get(f"{name}_{bound}", scores[name]) for bound in ("low", "high"))
+    return f"{scores[name]:.3f} ({low:.3f}-{high:.3f})"
 
 
 @app.command()
@@ -315,6 +325,19 @@ def push(
 
     with _told():
         typer.echo(Corpus.open(out.resolve()).push_to_hub(repo_id, private=private))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what each fine-tune says of its own validation cells."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager

@@ -156,13 +156,13 @@ def save_calibration_curve(curves: Mapping[str, tuple[np.ndarray, np.ndarray, np
     axis.plot([0, 1], [0, 1], color="0.6", ls="--", lw=1, label="confidence = accuracy")
     for name, (confidence, accuracy, count) in curves.items():
         kept = np.asarray(count) > 0
-        sizes = 10 + 90 * np.sqrt(np.asarray(count)[kept] / max(1, np.max(count)))
+        sizes = 5 + 95 * np.asarray(count)[kept] / max(1, np.max(count))
         (line,) = axis.plot(np.asarray(confidence)[kept], np.asarray(accuracy)[kept], lw=1.5, label=name)
         axis.scatter(np.asarray(confidence)[kept], np.asarray(accuracy)[kept], s=sizes, color=line.get_color())
     axis.set(
         xlabel="mean confidence of a bin", ylabel="share named rightly", xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal"
     )
-    axis.legend(frameon=False, fontsize=8, title="area: cells", title_fontsize=8)
+    axis.legend(frameon=False, fontsize=8, title="larger dots: more cells", title_fontsize=8)
     figure.savefig(path, dpi=130)
 
 

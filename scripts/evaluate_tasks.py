@@ -43,7 +43,15 @@ TRAINED_ON = ["pbmc_facs_fasttopics", "pdac_card", "nsclc_dc_rogue"]
 BUDGETS = (0.1, 0.25, 0.5)
 BUDGET_METHODS = ["hvg_logistic_regression", "pca_logistic_regression", "panfoma:probe"]
 BUDGET_TASKS = ["baron_pancreas", "pbmc_facs_fasttopics", "pdac_card", "kang8k_muscat"]
-EMBEDDERS = ["pca", "pca_harmony", "random", "panfoma", "panfoma:adapted", "panfoma:full", "panfoma:logits"]
+EMBEDDERS = [
+    "pca",
+    "pca_harmony",
+    "obsm:X_random",
+    "obsm:X_panfoma",
+    "panfoma:logits",
+    "panfoma:adapted",
+    "panfoma:full",
+]
 NAMES = {
     "majority": "majority class",
     "hvg_logistic_regression": "variable genes + logistic regression",
@@ -59,8 +67,7 @@ NAMES = {
     "random:full": "PanFoMa from scratch",
     "pca": "PCA",
     "pca_harmony": "PCA + Harmony",
-    "random": "PanFoMa, random weights",
-    "panfoma": "PanFoMa `small` as it is",
+    "obsm:X_random": "PanFoMa, random weights",
     "panfoma:adapted": "PanFoMa adapted without labels",
     "panfoma:logits": "PanFoMa fine-tuned, probe: logits",
 }
@@ -107,6 +114,7 @@ def run(out: Path, data: Path, names: list[str], methods: list[str], seeds: list
         result = evaluate_task(task, method, cells=cells, seeds=seeds, budget=budget)
         record = {
             "scores": result.scores,
+            "seeds": seeds,
             "by_seed": result.by_seed,
             "cells": cells.n_obs,
             "labels": int(cells.obs[task.label].nunique()),
@@ -119,7 +127,9 @@ def run(out: Path, data: Path, names: list[str], methods: list[str], seeds: list
             record["confidence"] = found.probabilities.max(axis=1).round(4).tolist()
         if result.embedding is not None:
             np.savez_compressed(file.with_suffix(".npz"), embedding=result.embedding[0], rows=result.embedding[1])
-        file.write_text(json.dumps(record), encoding="utf-8")
+        whole = file.with_suffix(".partial")  # a run that is stopped leaves no half of a result
+        whole.write_text(json.dumps(record), encoding="utf-8")
+        whole.replace(file)
         shown = {key: round(value, 3) for key, value in result.scores.items() if not key.endswith(("_low", "_high"))}
         print(f"{name:28s}{method:38s}{budget:5.2f} {record['seconds']:7.1f} s  {shown}", flush=True)
 
@@ -242,7 +252,7 @@ def integration_section(results: dict) -> str:
             if record is not None:
                 scores = record["scores"]
                 rows.append(
-                    (NAMES[method],)
+                    (NAMES[method].removesuffix(" + kNN"),)
                     + tuple(
                         f"{scores[f'{way}/{metric}']:.3f}"
                         for way in ("unseen", "seen")
@@ -306,7 +316,7 @@ def pictures(results: dict, out: Path, data: Path | None, folder: Path) -> str:
     for name, task in TASKS.items():
         if task.kind == INTEGRATION and data is not None:
             cells = task.load(data)
-            for method in ("pca", "pca_harmony", "panfoma", "panfoma:full"):
+            for method in ("pca", "pca_harmony", "obsm:X_panfoma", "panfoma:full"):
                 file = file_of(out, name, method, 1.0).with_suffix(".npz")
                 if file.exists():
                     kept = np.load(file)
@@ -314,7 +324,8 @@ def pictures(results: dict, out: Path, data: Path | None, folder: Path) -> str:
                     shown.obsm["X_shown"] = kept["embedding"]
                     picture = f"umap_{name}_{method.replace(':', '-')}.png"
                     save_umap(shown, folder / picture, [task.label, task.batch], embedding="X_shown")
-                    text += f"\n`{name}`, {NAMES[method]}, unseen cells:\n\n![UMAP](results/{picture})\n"
+                    shown_as = NAMES[method].removesuffix(" + kNN")
+                    text += f"\n`{name}`, {shown_as}, unseen cells:\n\n![UMAP](results/{picture})\n"
     return text
 
 
@@ -335,7 +346,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the labelled files")
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="*", default=[])
+    parser.add_argument("--methods", nargs="*", default=[], choices=list(NAMES), metavar="METHOD")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--report", type=Path, help="write the page from what was run; runs nothing")
     arguments = parser.parse_args()
@@ -344,7 +355,10 @@ def main() -> None:
     if arguments.report is None:
         run(arguments.out, arguments.data, arguments.tasks, arguments.methods, arguments.seeds)
         return
-    results = read(arguments.out)
+    page = arguments.report.read_text(encoding="utf-8")
+    # What can fail fails before the pictures are drawn.
+    (before, rest), results = page.split(MARKS[0]), read(arguments.out)
+    after = rest.split(MARKS[1])[1]
     folder = arguments.report.parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
     sections = {
@@ -356,8 +370,6 @@ def main() -> None:
         "Pictures": pictures(results, arguments.out, arguments.data, folder),
     }
     measured = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
-    page = arguments.report.read_text(encoding="utf-8")
-    before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
     arguments.report.write_text(before + MARKS[0] + measured + "\n" + MARKS[1] + after, encoding="utf-8")
 
 

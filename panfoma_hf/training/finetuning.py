@@ -13,6 +13,7 @@ from types import ModuleType
 
 import anndata as ad
 import numpy as np
+import scipy.sparse as sp
 import torch
 from datasets import Dataset
 from scipy.special import softmax
@@ -117,6 +118,7 @@ def finetune(
     early_stopping: int | None = 3,
     max_error: float = 0.05,
     baselines: bool = True,
+    refit: bool = True,
     seeds: Sequence[int] | None = None,
     layer: str | None = None,
     gene_column: str | None = None,
@@ -148,8 +150,8 @@ def finetune(
         "full" trains every weight; "lora" trains low-rank adapters by PEFT, which are merged into the weights that are
         saved; "probe" trains nothing but the classifier, which takes one pass over the cells.
     validation
-        Cells to choose and to calibrate on, never trained on; or the share of ``cells`` to hold out; or None, which
-        does without. Scores on them are a little optimistic where the weights were chosen by them.
+        Cells to choose and to calibrate on, never trained on; or the share of ``cells`` to hold out for that; or None,
+        which does without. Scores on them are a little optimistic where the weights were chosen by them.
     groups
         Column of ``obs`` whose values are not divided by the split, such as donors. "auto" takes the first of
         `panfoma_hf.data.splits.GROUP_COLUMNS` that can be split by; None splits by cell.
@@ -169,6 +171,11 @@ def finetune(
         Share of the named cells that may be wrong at the threshold of "Unassigned".
     baselines
         Whether the majority class and logistic regression on variable genes are scored on the same split.
+    refit
+        Whether cells that were held out of ``cells`` are learned from, too, once they have decided and scored: what is
+        solved (the genes' logits; the classifier in mode "probe") is solved once more on all cells, with the strengths
+        and weights that were chosen. The reported scores are of the model before. Cells that were passed as
+        ``validation`` are never learned from.
     seeds
         Several seeds to train with; the model that is best on the validation cells is saved, the scores of all are
         reported. None trains once, with ``seed``. The split is the same for all.
@@ -180,8 +187,8 @@ def finetune(
 
     Returns
     -------
-    The trainer, whose ``model`` is trained, whose ``evaluate()`` gives accuracy and macro-F1, and whose ``report``
-    holds what ``finetuning.json`` does.
+    The trainer, whose ``model`` is trained, whose ``evaluate()`` gives accuracy and macro-F1 (after ``refit``, of cells
+    that were learned from), and whose ``report`` holds what ``finetuning.json`` does.
 
     Raises
     ------
@@ -229,6 +236,7 @@ def finetune(
     if baselines and study.validation is not None:
         _add_baselines(report, study, layer, best.seed)
     _add_warnings(report)
+    report["refitted"] = refit and _is_share(validation) and best.refit()
 
     trainer = best.trainer
     classifier = trainer.model
@@ -577,7 +585,10 @@ class _Run:
             strengths = EMBEDDING_STRENGTHS, EMBEDDING_STRENGTH
             return solve(features, labels, study.sizes, self.class_weights.numpy(), told, *strengths, self.seed)
 
-        write_classifier(classifier, standardised(solver, embeddings, held_out))
+        self.network_head = standardised(solver, embeddings, held_out)
+        write_classifier(classifier, self.network_head)
+        if self.mode == "probe" and held_out is not None:  # for `refit`
+            self.embedded = np.concatenate([embeddings, held_out]), np.concatenate([labels, study.validation_labels])
 
     def _add_gene_logits(self, classifier: PanFoMaForCellClassification, network: np.ndarray | None) -> None:
         """Solve logistic regression on bins, and weigh it and the network by the validation cells."""
@@ -599,8 +610,32 @@ class _Run:
         weights = np.full((len(study.sizes), 2), 0.5)
         if told is not None:
             weights = pool(network, genes(told[0]), told[1], study.sizes)
+        self.network_layer = copy.deepcopy(classifier.classifier.state_dict())  # for `refit`: what is added scales it
         add_gene_logits(classifier, genes, weights)
+        self.gene_head, self.weights = genes, weights
         self.gene_shares = (weights[:, 1] / weights.sum(1)).tolist()
+
+    def refit(self) -> bool:
+        """Solve what is solved on the validation cells, too; whether there was anything."""
+        study, classifier = self.study, self.trainer.model
+        settings = study.sizes, self.class_weights.numpy(), None, ()
+        if self.mode == "probe":
+            embeddings, labels = self.embedded
+
+            def solver(features, _):
+                return solve(features, labels, *settings, self.network_head.strengths, self.seed)
+
+            write_classifier(classifier, standardised(solver, embeddings, None))
+        elif self.gene_logits:
+            classifier.classifier.load_state_dict(self.network_layer)
+        if self.gene_logits:
+            max_genes = study.tokenizer.model_max_length
+            datasets = study.train_dataset, study.validation_dataset
+            bins = sp.vstack([bins_matrix(dataset, classifier, max_genes) for dataset in datasets], format="csr")
+            labels = np.concatenate([study.train_labels, study.validation_labels])
+            genes = solve(bins, labels, *settings, self.gene_head.strengths, self.seed)
+            add_gene_logits(classifier, genes, self.weights)
+        return self.mode == "probe" or self.gene_logits
 
     def _logits(self) -> np.ndarray:
         """(validation cells, labels), of the model as it is."""

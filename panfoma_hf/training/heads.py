@@ -36,10 +36,12 @@ class Classifier:
         (labels, features).
     bias
         (labels,).
+    strengths
+        (tasks,), the inverse strengths of L2 that it was solved with.
     """
 
-    def __init__(self, weight: np.ndarray, bias: np.ndarray):
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: np.ndarray, bias: np.ndarray, strengths: Sequence[float] = ()):
+        self.weight, self.bias, self.strengths = weight, bias, list(strengths)
 
     def __call__(self, features: np.ndarray | sp.csr_matrix) -> np.ndarray:
         """(cells, labels), logits of features (cells, features)."""
@@ -53,7 +55,7 @@ def solve(
     class_weights: np.ndarray,
     validation: tuple[np.ndarray | sp.csr_matrix, np.ndarray] | None,
     strengths: Sequence[float],
-    default: float,
+    default: float | Sequence[float],
     seed: int,
 ) -> Classifier:
     """L2-regularised multinomial logistic regression for each task.
@@ -71,12 +73,13 @@ def solve(
     validation
         Features and labels of the cells on which the inverse strength is chosen, by cross-entropy; or None.
     strengths, default
-        Those to try, and the one to take without validation cells.
+        Those to try, and the one to take without validation cells, of all tasks or of each.
     seed
         Of the draw where there are more than `MOST_CELLS` cells.
     """
     drawn = draw_cells(labels, seed)
     features, labels = features[drawn], labels[drawn]
+    defaults = np.broadcast_to(default, len(sizes)).tolist()
     parts = []
     for task, (size, weights) in enumerate(zip(sizes, np.split(class_weights, np.cumsum(sizes)[:-1]), strict=True)):
         known = np.flatnonzero(labels[:, task] >= 0)
@@ -85,13 +88,17 @@ def solve(
             rows = np.flatnonzero(validation[1][:, task] >= 0)
             told = validation[0][rows], validation[1][rows, task]
         best, best_loss = None, np.inf
-        for strength in strengths if told is not None else (default,):
+        for strength in strengths if told is not None else (defaults[task],):
             solved = _solve_task(features[known], labels[known, task], size, weights, strength)
             loss = 0.0 if told is None else cross_entropy(solved(told[0]), told[1])
             if best is None or loss < best_loss:
                 best, best_loss = solved, loss
         parts.append(best)
-    return Classifier(np.concatenate([part.weight for part in parts]), np.concatenate([part.bias for part in parts]))
+    return Classifier(
+        np.concatenate([part.weight for part in parts]),
+        np.concatenate([part.bias for part in parts]),
+        [strength for part in parts for strength in part.strengths],
+    )
 
 
 def draw_cells(labels: np.ndarray, seed: int, most: int | None = None) -> np.ndarray:
@@ -119,7 +126,7 @@ def _solve_task(features, labels: np.ndarray, size: int, weights: np.ndarray, st
     present = np.unique(labels)
     if len(present) == 1:
         bias[present] = 1.0
-        return Classifier(weight, bias)
+        return Classifier(weight, bias, [strength])
     # A gene that no cell has keeps a weight of 0, and most of the vocabulary is such genes.
     used = np.flatnonzero(features.getnnz(axis=0)) if sp.issparse(features) else np.arange(features.shape[1])
     # More steps move predictions by less than what another draw of cells does.
@@ -133,7 +140,7 @@ def _solve_task(features, labels: np.ndarray, size: int, weights: np.ndarray, st
         intercepts = np.concatenate([-intercepts, intercepts]) / 2
     weight[np.ix_(present, used)], bias[present] = coefficients, intercepts
     bias[np.setdiff1d(np.arange(size), present)] = intercepts.min() - 5  # a label that no training cell has
-    return Classifier(weight, bias)
+    return Classifier(weight, bias, [strength])
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -154,7 +161,7 @@ def standardised(solver, train: np.ndarray, validation: np.ndarray | None) -> Cl
     scaler = StandardScaler().fit(train)
     solved = solver(scaler.transform(train), None if validation is None else scaler.transform(validation))
     weight = solved.weight / scaler.scale_
-    return Classifier(weight, solved.bias - weight @ scaler.mean_)
+    return Classifier(weight, solved.bias - weight @ scaler.mean_, solved.strengths)
 
 
 def bins_matrix(dataset: Dataset, model: PanFoMaForCellClassification, max_genes: int) -> sp.csr_matrix:

@@ -103,6 +103,8 @@ def model_card(report: dict, config: PanFoMaConfig) -> str:
     ]
     body += ["```", score_table(report), "```", ""]
     split = report["split"]
+    if report["refitted"]:
+        body += ["The scores are of the model before it learned from the validation cells, too.", ""]
     if split["groups"]:
         body += [f"Validation cells are those of `{split['groups']}` {', '.join(split['held_out'])}.", ""]
     body += [f"- {message}" for message in split["leakage"]]

@@ -171,6 +171,48 @@ def test_a_probe_is_logistic_regression_on_embeddings(start, adata, tmp_path):
     )
 
 
+def test_a_refitted_probe_is_logistic_regression_on_all_cells(start, adata, tmp_path):
+    options = {"mode": "probe", "gene_logits": False}
+    refitted = tune(adata, tmp_path / "a", start, **options)
+    alone = tune(adata, tmp_path / "b", start, refit=False, **options)
+    assert refitted.report["refitted"]
+    assert not alone.report["refitted"]
+    # The scores are of the model before, on cells that it had not learned from.
+    assert refitted.report["tasks"] == alone.report["tasks"]
+    embeddings = panfoma_hf.embed(adata.copy(), start, progress=False).obsm["X_panfoma"]
+    ids = np.searchsorted(TYPES, adata.obs["cell_type"].astype(str))
+    annotated = panfoma_hf.annotate(adata.copy(), refitted.model, min_score=0, progress=False)
+    temperature = refitted.model.config.calibration["cell_type"]["temperature"]
+    logits = np.log(annotated.obsm["panfoma_cell_type_proba"]) * temperature
+    found = []
+    for strength in finetuning.EMBEDDING_STRENGTHS:  # which of them, the validation cells chose
+        counts = refitted.report["train_counts"]["cell_type"]
+        weights = np.array([counts[name] for name in TYPES]) ** -0.5
+        weights *= sum(counts.values()) / (weights * [counts[name] for name in TYPES]).sum()
+        regression = LogisticRegression(C=strength, max_iter=300, tol=1e-3)
+        scaler = StandardScaler()
+        regression.fit(scaler.fit_transform(embeddings), ids, sample_weight=weights[ids])
+        expected = regression.decision_function(scaler.transform(embeddings))
+        difference = (logits - logits.mean(1, keepdims=True)) - (expected - expected.mean(1, keepdims=True))
+        found.append(np.abs(difference).max())
+    assert min(found) < 2e-2
+    assert max(found) > 0.1
+
+
+def test_genes_are_refitted_on_all_cells_but_never_on_cells_passed_to_validate(start, adata, tmp_path):
+    shares = tune(adata, tmp_path / "a", start, learning_rate=0.0)
+    passed = tune(adata[:40].copy(), tmp_path / "b", start, learning_rate=0.0, validation=adata[40:].copy())
+    same = tune(adata[:40].copy(), tmp_path / "c", start, learning_rate=0.0, validation=adata[40:].copy(), refit=False)
+    assert shares.report["refitted"]
+    assert not passed.report["refitted"]
+    assert torch.equal(passed.model.gene_logits.weight, same.model.gene_logits.weight)
+    before = tune(adata, tmp_path / "d", start, learning_rate=0.0, refit=False)
+    assert not torch.equal(shares.model.gene_logits.weight, before.model.gene_logits.weight)
+    # The network is not solved again, and weighs what it weighed.
+    torch.testing.assert_close(shares.model.classifier.weight, before.model.classifier.weight)
+    assert shares.model.config.calibration == before.model.config.calibration
+
+
 def test_adapters_change_their_layers_by_few_ranks_and_nothing_else(runs, start):
     body = PanFoMaModel.from_pretrained(start).state_dict()
     found = runs["lora"][0].model.panfoma.state_dict()
@@ -572,7 +614,7 @@ def test_a_method_that_fails_does_not_cost_the_model(start, adata, tmp_path, mon
 
 
 def test_training_that_makes_it_worse_ends_with_the_weights_it_began_with(start, adata, tmp_path):
-    began = probe(adata, tmp_path / "probe", start)
+    began = probe(adata, tmp_path / "probe", start, gene_logits=False, refit=False)
     options = {"learning_rate": 10.0, "warmup_steps": 0, "gene_logits": False, "num_train_epochs": 3}
     stopped = tune(adata, tmp_path / "x", start, early_stopping=1, **options)
     assert stopped.state.epoch == 1

@@ -23,7 +23,7 @@ from .version import __version__
 
 logger = logging.get_logger(__name__)
 
-# What a cell without an expressed gene of the vocabulary is called.
+# What a cell is called whose score is too low, or that has no expressed gene of the vocabulary.
 UNASSIGNED = "Unassigned"
 
 

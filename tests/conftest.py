@@ -114,11 +114,8 @@ def adata(tokenizer) -> ad.AnnData:
 @pytest.fixture(scope="session")
 def baron() -> ad.AnnData:
     """Real cells: Baron's human pancreas, every 20th cell of the demo's data set, with all its genes."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        from demo import baron_pancreas
-    finally:
-        sys.path.pop(0)
+    from panfoma_hf.evaluation.public_tasks import baron_pancreas
+
     return baron_pancreas()[::20].copy()
 
 

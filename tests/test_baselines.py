@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -26,6 +27,7 @@ from panfoma_hf.evaluation.baselines import (
     principal_components,
     variable_genes_logistic_regression,
 )
+from panfoma_hf.evaluation.integration import harmony
 from panfoma_hf.evaluation.metrics import bootstrap_interval, classification_metrics
 from panfoma_hf.evaluation.public_tasks import baron_pancreas
 
@@ -147,25 +149,40 @@ def test_components_of_sparse_logarithms_are_those_of_a_full_decomposition(pancr
     np.testing.assert_allclose(found, exact, atol=1e-3)
 
 
-def test_celltypist_says_what_its_own_annotation_does(pancreas):
+def test_celltypist_says_what_its_own_annotation_does_with_its_default_solver(pancreas):
     train, test = pancreas
+    sides = [log_matrix(cells) for cells in pancreas]
+    expressed = np.flatnonzero(sides[0].X.sum(axis=0).A1)
+    matrix = sides[0].X[:, expressed].toarray()
+    scaler = StandardScaler().fit(matrix)
+    plain = OneVsRestClassifier(LogisticRegression(max_iter=1000))
+    plain.fit(np.minimum(scaler.transform(matrix), 10), train.obs["cell_type"].astype(str))
+    plain.coef_ = np.concatenate([model.coef_ for model in plain.estimators_])  # annotate takes the genes' weights
+    plain.features = sides[0].var_names[expressed].to_numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import celltypist
 
-        sides = [log_matrix(cells) for cells in pancreas]
-        labels = train.obs["cell_type"].astype(str).to_numpy()
-        model = celltypist.train(
-            sides[0], labels=labels, check_expression=False, n_jobs=1, use_SGD=True, random_state=3
-        )
-        theirs = celltypist.annotate(sides[1], model=model)
+        theirs = celltypist.annotate(sides[1], model=celltypist.models.Model(plain, scaler, {}))
     found = CLASSIFIERS["celltypist"](train, test, "cell_type", seed=3)
     assert (found.labels == theirs.predicted_labels["predicted_labels"].to_numpy()).all()
     assert found.names.tolist() == theirs.probability_matrix.columns.tolist()
     shares = theirs.probability_matrix.to_numpy()
     certain = shares.sum(axis=1) > 1e-6
+    assert certain.mean() > 0.9
     expected = shares[certain] / shares[certain].sum(axis=1, keepdims=True)
     np.testing.assert_allclose(found.probabilities[certain], expected, atol=1e-6)
+
+
+def test_celltypist_is_left_as_it_was(pancreas, monkeypatch):
+    train, test = pancreas
+    CLASSIFIERS["celltypist"](train, test, "cell_type")
+    module = sys.modules["celltypist.train"]
+    assert module.LogisticRegression is LogisticRegression
+    monkeypatch.setattr(module, "_LRClassifier", None)  # what fails inside
+    with pytest.raises(TypeError):
+        CLASSIFIERS["celltypist"](train, test, "cell_type")
+    assert module.LogisticRegression is LogisticRegression
 
 
 def test_of_labels_that_are_certain_to_rounding_the_decision_tells(pancreas, monkeypatch):
@@ -369,6 +386,34 @@ def test_embeddings_that_cannot_be_scored_are_refused(adata):
         embedding_classifier("X_pca")(adata, other, "cell_type")
     with pytest.raises(ValueError, match="192 values that are not finite"):
         of_obsm("X_pca")(other)
+
+
+def test_the_embedder_is_the_usual_recipe_and_harmony_goes_on_from_it(pancreas):
+    cells = pancreas[0].copy()
+    found = EMBEDDERS["pca"](cells, seed=1)
+    expressed = np.flatnonzero(cells.X.sum(axis=0).A1)  # fewer than 2,000, so that all are taken
+    dense = logarithms(cells)[:, expressed].toarray().astype("float64")
+    exact = PCA(50, svd_solver="full").fit_transform(dense)
+    exact *= np.sign((exact * found).sum(axis=0))
+    # Up to single precision, which the late components, of like variance, feel most.
+    np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3)
+    cells.obs["batch"] = np.array(list("xy"))[np.arange(cells.n_obs) % 2]
+    mixed = EMBEDDERS["pca_harmony"](cells, batch="batch", seed=1)
+    assert (mixed == harmony(found, cells.obs["batch"], seed=1)).all()
+    assert not np.allclose(mixed, found)
+
+
+def test_batches_that_are_not_there_are_refused(pancreas):
+    cells = pancreas[0].copy()
+    cells.obs["batch"] = (
+        pd.Series(list("xy"), dtype=object).sample(cells.n_obs, replace=True, random_state=0).to_numpy()
+    )
+    for batch in (None, "plate"):
+        with pytest.raises(ValueError, match=f"column of obs, got {batch!r}; there are cell_type, batch"):
+            EMBEDDERS["pca_harmony"](cells, batch=batch)
+    cells.obs["batch"] = cells.obs["batch"].where(np.arange(cells.n_obs) > 2)
+    with pytest.raises(ValueError, match=f"needs a batch, got none in 'batch' for 3 of {cells.n_obs}"):
+        EMBEDDERS["pca_harmony"](cells, batch="batch")
 
 
 def test_components_of_few_cells_are_few(adata):

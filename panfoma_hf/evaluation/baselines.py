@@ -514,9 +514,33 @@ def pca(cells: ad.AnnData, *, batch: str | None = None, seed: int = 0, layer: st
     return _components(matrix, NUM_COMPONENTS, seed).transform(matrix)
 
 
-def pca_harmony(cells: ad.AnnData, *, batch: str, seed: int = 0, layer: str | None = None) -> np.ndarray:
-    """(cells, 50), `pca` with the batches of ``obs[batch]`` brought together by `harmony`."""
-    return harmony(pca(cells, seed=seed, layer=layer), cells.obs[batch].astype(str).to_numpy(), seed=seed)
+def pca_harmony(cells: ad.AnnData, *, batch: str | None = None, seed: int = 0, layer: str | None = None) -> np.ndarray:
+    """(cells, 50), `pca` with the batches of ``obs[batch]`` brought together by `harmony`.
+
+    Raises
+    ------
+    ImportError
+        If harmonypy is not installed.
+    ValueError
+        If there is no such column, or a cell has no batch.
+    """
+    batches = _batches(cells, batch)
+    return harmony(pca(cells, seed=seed, layer=layer), batches, seed=seed)
+
+
+def _batches(cells: ad.AnnData, batch: str | None) -> np.ndarray:
+    """(cells,), names of batches."""
+    if batch not in cells.obs:
+        raise ValueError(
+            f"Batches are a column of obs, got {batch!r}; there are {', '.join(cells.obs)}. Name one of these."
+        )
+    missing = int(cells.obs[batch].isna().sum())
+    if missing:  # as text, they would be a batch of their own
+        raise ValueError(
+            f"Every cell needs a batch, got none in {batch!r} for {missing:,} of {cells.n_obs:,}. Leave these out: "
+            f"cells[cells.obs[{batch!r}].notna()]."
+        )
+    return cells.obs[batch].to_numpy().astype(str)
 
 
 def scvi(cells: ad.AnnData, *, batch: str | None = None, seed: int = 0, layer: str | None = None) -> np.ndarray:
@@ -527,13 +551,13 @@ def scvi(cells: ad.AnnData, *, batch: str | None = None, seed: int = 0, layer: s
     ImportError
         If scvi-tools is not installed.
     ValueError
-        If the values are not counts.
+        If the values are not counts, there is no such column, or a cell has no batch.
     """
     package = _required("scvi", "scVI", "scvi")
     counts = _counts(cells, layer)
     counts.var_names_make_unique()
     if batch is not None:
-        counts.obs["batch"] = cells.obs[batch].astype(str).to_numpy()
+        counts.obs["batch"] = _batches(cells, batch)
     package.settings.seed = seed
     package.model.SCVI.setup_anndata(counts, batch_key=None if batch is None else "batch")
     model = package.model.SCVI(counts)

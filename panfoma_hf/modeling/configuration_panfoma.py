@@ -85,7 +85,8 @@ class PanFoMaConfig(PreTrainedConfig):
     label_tasks
         Of a classifier with several tasks: the names of each one's labels, such as
         ``{"cell_type": ["B cell", "T cell"], "is_malignant": ["False", "True"]}``. The logits of the tasks lie side by
-        side, and ``num_labels`` is their number in all. None for a single task, whose labels are in ``id2label``.
+        side in the order of the alphabet, and ``num_labels`` is their number in all. None for a single task, whose
+        labels are in ``id2label``.
     use_gene_logits
         Whether a classifier adds a linear function of the bins to what it reads from the cell embedding: a logit of
         each gene for each label, times the gene's bin as a share of the highest; Wide & Deep (Cheng et al., DLRS 2016).
@@ -161,6 +162,8 @@ class PanFoMaConfig(PreTrainedConfig):
         if self.pad_bin_id is None:
             self.pad_bin_id = self.num_expression_bins + 2
         if self.label_tasks is not None:
+            # The order of the logits: that of config.json, whose keys are sorted when it is written.
+            self.label_tasks = dict(sorted(self.label_tasks.items()))
             names = [f"{task}: {name}" for task, labels in self.label_tasks.items() for name in labels]
             kwargs["id2label"] = dict(enumerate(names))
             kwargs["label2id"] = {name: index for index, name in enumerate(names)}

@@ -168,7 +168,8 @@ def finetune(
         Evaluations (epochs, unless ``eval_strategy`` says otherwise) without a better macro-F1 after which training
         stops; None trains to the end. The best weights are kept in either case; ``eval_strategy="no"`` keeps the last.
     max_error
-        Share of the named cells that may be wrong at the threshold of "Unassigned".
+        Share of the named cells that may be wrong at the threshold of "Unassigned". It holds for cells like the
+        validation cells, which also chose the model: other donors may have more errors.
     baselines
         Whether the majority class and logistic regression on variable genes are scored on the same split.
     refit
@@ -309,11 +310,13 @@ def _read_study(cells, labels, validation, groups, model, gene_set, seed, *, lay
     """Read and split the cells, choose the genes, and tokenize."""
     name, validation_name = name_of(cells), "the validation cells"
     cells = read_cells(cells)
+    # Tasks lie in the order of the alphabet, as in the configuration; the first that was named decides the split.
+    first, labels = labels[0], sorted(labels)
     known, validation_known = _all_labels(cells, labels), None
     split = {"groups": None, "held_out": [], "leakage": []}
     if _is_share(validation):
-        column = find_groups(cells.obs, labels[0], validation) if groups == "auto" else groups
-        train, held_out, split = _split(cells, known, column, validation, seed)
+        column = find_groups(cells.obs, first, validation) if groups == "auto" else groups
+        train, held_out, split = _split(cells, known, first, column, validation, seed)
         validation, cells = cells[held_out].copy(), cells[train].copy()
         known, validation_known = (
             {label: of_label[rows] for label, of_label in known.items()} for rows in (train, held_out)
@@ -334,7 +337,7 @@ def _read_study(cells, labels, validation, groups, model, gene_set, seed, *, lay
     train_ids, validation_ids = _label_ids(known, names), None
     if validation is not None:
         validation_ids = _label_ids(validation_known, names)
-        leakage = find_leakage(cells, validation, labels[0])
+        leakage = find_leakage(cells, validation, first)
         split["leakage"] = leakage.messages()
         if leakage.is_leak or leakage.telling_columns:
             logger.warning("The split leaks, or may: " + " ".join(leakage.messages()))
@@ -366,54 +369,52 @@ def _read_study(cells, labels, validation, groups, model, gene_set, seed, *, lay
 
 
 def _split(
-    cells: ad.AnnData, known: dict[str, np.ndarray], column: str | None, share: float, seed: int
+    cells: ad.AnnData, known: dict[str, np.ndarray], first: str, column: str | None, share: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Positions to train on and to hold out, by the first task's labels, and what to report of that.
+    """Positions to train on and to hold out, by the labels of the task ``first``, and what to report of that.
 
-    A label of another task that only held-out groups have is struck from ``known``.
+    Groups that alone have one of its labels are trained on, as whoever fine-tunes wants these names learned. A label of
+    another task that only held-out cells have is struck from ``known``.
     """
     if column is not None and column not in cells.obs:
         raise ValueError(
             f"`groups` must be a column of obs, got {column!r}; the columns are {sorted(cells.obs)}. Name one of "
             "these, or pass None to split by cell."
         )
-    first = next(iter(known.values()))
-    is_labelled = np.array([label is not None for label in first])
+    is_labelled = np.array([label is not None for label in known[first]])
     labelled = np.flatnonzero(is_labelled)
     groups = None if column is None else cells.obs[column].iloc[labelled]
-    split = split_cells(first[labelled], groups=groups, test_size=share, seed=seed)
-    held_out = labelled[split.test]
-    is_train = np.ones(cells.n_obs, dtype=bool)
-    is_train[held_out] = False
-    if column is not None:  # cells of the same groups without the first task's label would leak
-        is_train[~is_labelled & cells.obs[column].astype(str).isin(split.held_out).to_numpy()] = False
-    for label, of_label in known.items():
-        lost = set(_known(of_label[held_out])) - set(_known(of_label[is_train]))
-        if not lost:
-            continue
-        is_lost = np.array([name in lost for name in of_label[held_out]])
-        where = "cells" if column is None else f"groups of {column!r}"
-        if column is None or of_label is first:
-            # Whoever fine-tunes wants these names learned; they are not scored then.
-            is_train[held_out[is_lost]] = True
-            held_out = held_out[~is_lost]
-            outcome = "Their cells are trained on, not scored."
-        else:
-            of_label[held_out[is_lost]] = None
-            outcome = "They are not learned."
+    split = split_cells(known[first][labelled], groups=groups, test_size=share, seed=seed)
+    is_held_out = np.zeros(cells.n_obs, dtype=bool)
+    is_held_out[labelled[split.test]] = True
+    names_of_groups = set(split.held_out)
+    if split.only_in_test:
+        group_of = cells.obs[column].astype(str).to_numpy()
+        needed = set(group_of[is_held_out & np.isin(known[first].astype(str), split.only_in_test)])
+        names_of_groups -= needed
+        is_held_out &= ~np.isin(group_of, list(needed))
         logger.warning(
-            f"Labels should be in several {where} to be both learned and scored, got {_listed(lost)} of {label!r} in "
-            f"held-out ones only. {outcome}"
+            f"Labels should be in several groups of {column!r} to be both learned and scored, got "
+            f"{_listed(set(split.only_in_test))} of {first!r} in held-out ones only. These groups are trained on."
         )
-    if not len(held_out):
-        raise ValueError(
-            f"Held-out cells must have labels that are learned from others, got none in two groups of {column!r}. "
-            "Name another column as `groups`, or pass None to split by cell."
-        )
+        if not names_of_groups:
+            logger.warning(f"No other group of {column!r} was held out: cells are split by themselves, across groups.")
+            return _split(cells, known, first, None, share, seed)
+    is_train = ~is_held_out
+    if column is not None:  # cells of the same groups without this task's label would leak
+        is_train &= is_labelled | ~cells.obs[column].astype(str).isin(names_of_groups).to_numpy()
     for label, of_label in known.items():
-        if not_scored := set(_known(of_label[is_train])) - set(_known(of_label[held_out])):
+        if lost := set(_known(of_label[is_held_out])) - set(_known(of_label[is_train])):
+            rows = np.flatnonzero(is_held_out & np.array([name in lost for name in of_label]))
+            if column is None:  # nothing speaks against training on these cells
+                is_held_out[rows], is_train[rows] = False, True
+            else:
+                of_label[rows] = None
+                logger.warning(f"Only held-out groups have the {label!r} {_listed(lost)}: not learned.")
+        if not_scored := set(_known(of_label[is_train])) - set(_known(of_label[is_held_out])):
             logger.warning(f"No validation cell has the {label!r} {_listed(not_scored)}: not scored.")
-    return np.flatnonzero(is_train), held_out, {"groups": column, "held_out": list(split.held_out), "leakage": []}
+    report = {"groups": column, "held_out": sorted(names_of_groups), "leakage": []}
+    return np.flatnonzero(is_train), np.flatnonzero(is_held_out), report
 
 
 def _listed(names: set[str], most: int = 5) -> str:
@@ -511,6 +512,8 @@ class _Run:
     gene_shares: list[float] = field(default_factory=list)
 
     def __post_init__(self):
+        # What `train` solves, for `refit`.
+        self.network_head = self.embedded = self.network_layer = self.gene_head = self.weights = None
         self.class_weights = self.study.class_weights(self.class_weight_power)
 
     def train(self) -> None:

@@ -58,7 +58,7 @@ def _threshold_sentence(calibration: dict) -> str:
         )
     return (
         f"Cells with a score below {threshold:.2f} are called Unassigned: {calibration['assigned_share']:.0%} are "
-        f"named, {calibration['unassigned_error']:.1%} of them wrong ({error:.0%} allowed, with 90 % confidence)."
+        f"named, {calibration['unassigned_error']:.1%} of them wrong on the validation cells ({error:.0%} allowed)."
     )
 
 
@@ -104,7 +104,7 @@ def model_card(report: dict, config: PanFoMaConfig) -> str:
     body += ["```", score_table(report), "```", ""]
     split = report["split"]
     if report["refitted"]:
-        body += ["The scores are of the model before it learned from the validation cells, too.", ""]
+        body += ["Scores and threshold are of the model before it learned from the validation cells, too.", ""]
     if split["groups"]:
         body += [f"Validation cells are those of `{split['groups']}` {', '.join(split['held_out'])}.", ""]
     body += [f"- {message}" for message in split["leakage"]]

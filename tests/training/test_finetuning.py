@@ -272,9 +272,10 @@ def test_arguments_that_make_no_sense_are_an_error(options, message, start, adat
 
 def test_several_tasks_are_learned_by_one_model_and_each_is_written(runs, tokenizer):
     trainer, folder = runs["tasks"]
-    expected = {"cell_type": TYPES, "state": ["active", "dying", "resting"], "is_big": ["False", "True"]}
-    assert trainer.model.config.tasks == expected
-    assert trainer.model.config.id2label[4] == "state: dying"
+    # In the order of the alphabet, whatever order they were named in.
+    expected = {"cell_type": TYPES, "is_big": ["False", "True"], "state": ["active", "dying", "resting"]}
+    assert list(trainer.model.config.tasks.items()) == list(expected.items())
+    assert trainer.model.config.id2label[6] == "state: dying"
     cells = panfoma_hf.annotate(cells_of_tasks(tokenizer), folder, min_score=0, progress=False)
     for task, names in expected.items():
         assert cells.obs[f"panfoma_{task}"].cat.categories.tolist() == names
@@ -467,17 +468,30 @@ def test_a_label_of_one_donor_is_learned_and_said(start, adata, tmp_path, studie
     assert "No validation cell has the 'cell_type' mast: not scored." in caplog.text
 
 
-def test_labels_of_held_out_groups_alone_are_trained_on_unless_all_are(start, adata, tmp_path, studies, caplog):
-    """Whichever of two donors is held out, it has a label of its own."""
-    kinds = np.arange(48) % 3
-    adata.obs["donor_id"] = np.where((kinds == 0) | ((kinds == 1) & (np.arange(48) < 24)), "D0", "D1")
-    probe(adata, tmp_path / "x", start)
-    assert len(studies[0].names["cell_type"]) == 3
-    assert set(studies[0].validation.obs["cell_type"]) == {"T cell"}
-    assert "Their cells are trained on, not scored" in caplog.text
-    adata.obs["donor_id"] = np.where(kinds == 0, "D0", "D1")
-    with pytest.raises(ValueError, match=r"got none in two groups of 'donor_id'.*None to split by cell"):
-        probe(adata, tmp_path / "x", start, groups="donor_id")
+def test_groups_that_alone_have_a_label_are_trained_on(start, adata, tmp_path, studies, caplog):
+    """Each of four donors has a label of its own, so that whichever is held out, one would be lost."""
+    adata.obs["donor_id"] = [f"D{index % 4}" for index in range(48)]
+    adata.obs["cell_type"] = adata.obs["cell_type"].astype(str)
+    adata.obs.loc[adata.obs_names[:8], "cell_type"] = [f"own {index % 4}" for index in range(8)]
+    probe(adata, tmp_path / "x", start, groups="donor_id")
+    assert "These groups are trained on" in caplog.text
+    assert "cells are split by themselves, across groups" in caplog.text
+    assert {f"own {index}" for index in range(4)} <= set(studies[0].names["cell_type"])
+    assert studies[0].report["split"]["groups"] is None
+    assert "Split by 'donor_id'" in " ".join(studies[0].report["split"]["leakage"])
+
+
+def test_of_two_held_out_donors_the_one_with_a_label_of_its_own_is_trained_on(start, adata, tmp_path, studies):
+    adata.obs["donor_id"] = [f"D{index % 6}" for index in range(48)]
+    adata.obs["cell_type"] = adata.obs["cell_type"].astype(str)
+    alone = adata.obs["donor_id"].isin(["D0", "D1", "D2", "D3", "D4"]).to_numpy()
+    first_of_donor = adata.obs.index[alone & ~adata.obs["donor_id"].duplicated().to_numpy()]
+    adata.obs.loc[first_of_donor, "cell_type"] = [f"own {index}" for index in range(5)]
+    probe(adata, tmp_path / "x", start, groups="donor_id", validation=0.5)
+    train, validation = (set(side.obs["donor_id"]) for side in (studies[0].train, studies[0].validation))
+    assert validation == {"D5"}
+    assert not train & validation
+    assert studies[0].report["split"]["held_out"] == ["D5"]
 
 
 def test_another_tasks_label_that_only_held_out_groups_have_is_not_learned(start, adata, tmp_path, studies, caplog):
@@ -487,7 +501,7 @@ def test_another_tasks_label_that_only_held_out_groups_have_is_not_learned(start
     assert set(studies[0].names["state"]) == {f"D{index}" for index in range(6)} - set(report["split"]["held_out"])
     assert report["tasks"]["cell_type"]["validation_cells"] == studies[0].validation.n_obs
     assert "scores" not in report["tasks"]["state"]
-    assert "of 'state' in held-out ones only. They are not learned." in caplog.text
+    assert "Only held-out groups have the 'state'" in caplog.text
     assert "state: not scored, as there are no validation cells" in (tmp_path / "x" / "README.md").read_text()
 
 
@@ -614,7 +628,7 @@ def test_a_method_that_fails_does_not_cost_the_model(start, adata, tmp_path, mon
 
 
 def test_training_that_makes_it_worse_ends_with_the_weights_it_began_with(start, adata, tmp_path):
-    began = probe(adata, tmp_path / "probe", start, gene_logits=False, refit=False)
+    began = probe(adata, tmp_path / "probe", start, refit=False)
     options = {"learning_rate": 10.0, "warmup_steps": 0, "gene_logits": False, "num_train_epochs": 3}
     stopped = tune(adata, tmp_path / "x", start, early_stopping=1, **options)
     assert stopped.state.epoch == 1

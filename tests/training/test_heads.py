@@ -203,7 +203,7 @@ def test_a_written_classifier_is_the_models():
 
 @pytest.mark.parametrize("tasks", [None, {"type": ["a", "b"], "state": ["x", "y", "z"]}], ids=["one_task", "two_tasks"])
 def test_combined_logits_are_the_weighted_sum_of_both(tasks):
-    sizes = [3] if tasks is None else [2, 3]
+    sizes = [3] if tasks is None else [3, 2]  # "state" comes before "type"
     model = spread_out(PanFoMaForCellClassification(tiny_config(label_tasks=tasks)))
     generator = np.random.default_rng(0)
     cells = random_cells([0, 5, 21])

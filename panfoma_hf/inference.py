@@ -9,13 +9,14 @@ import pandas as pd
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from scipy.special import logsumexp, softmax
+from scipy.special import softmax
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from .data.cells import MIN_COVERAGE, Expression, name_of, tokenize, writable_cells
 from .data.dataset import cell_dataset
 from .data.forward import forward_cells
+from .evaluation.calibration import energy
 from .modeling import PanFoMaForCellClassification, PanFoMaPreTrainedModel
 from .tokenization import CellTokens, PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
 from .version import __version__
@@ -213,9 +214,7 @@ def _write_names(
     adata.obs[f"{key}_score"] = scores.astype(np.float32)
     adata.obsm[f"{key}_proba"] = probabilities.astype(np.float32)
     if energies := calibration.get("energies"):
-        energy = -temperature * logsumexp(logits / temperature, axis=1)
-        shares = np.linspace(0, 1, len(energies))
-        unfamiliar = np.interp(energy, energies, shares)
+        unfamiliar = np.interp(energy(logits, temperature), energies, np.linspace(0, 1, len(energies)))
         adata.obs[f"{key}_unfamiliarity"] = np.where(is_empty, 1, unfamiliar).astype(np.float32)
 
 

@@ -31,7 +31,7 @@ ARROWS = {
     "evaluation/methods": {"data", "inference", "modeling", "shipped", "tokenization", "training"},
     "evaluation/tasks": {"data", "inference", "modeling", "shipped", "tokenization", "training"},
     "evaluation/public_tasks": {"data", "inference", "modeling", "shipped", "tokenization", "training"},
-    "inference": {"data", "modeling", "tokenization", "version"},
+    "inference": {"data", "evaluation", "modeling", "tokenization", "version"},
     "training": {"data", "evaluation", "modeling", "shipped", "tokenization", "version"},
     "doctor": {"data", "tokenization"},
     "cli": {"data", "doctor", "evaluation", "training"},
@@ -77,7 +77,8 @@ def test_parts_import_only_along_the_arrows(path):
         if target[0] == "panfoma_hf":
             assert level, f"{path} imports its own package by its full name: {name}"
             assert target[1] in allowed, f"{path} imports {'.'.join(target)}"
-            above = {name for name in ARROWS if "/" in name} if part_of(path) in {"evaluation", "training"} else set()
+            has_above = part_of(path) in {"evaluation", "inference", "training"}
+            above = {name for name in ARROWS if "/" in name and has_above}
             is_above = "/".join(target[1:3]) in above
             assert not is_above or of_file in above, f"{path} imports {'.'.join(target)}, which stands above it"
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 from scipy.special import softmax
-from sklearn.covariance import LedoitWolf
 from sklearn.metrics import log_loss
 
 from panfoma_hf.evaluation.calibration import (
@@ -16,8 +15,6 @@ from panfoma_hf.evaluation.calibration import (
     energy,
     expected_calibration_error,
     fit_temperature,
-    mahalanobis_distance,
-    mahalanobis_fit,
     reliability,
     unassigned_threshold,
 )
@@ -231,64 +228,6 @@ def test_energy_is_higher_for_cells_that_no_label_claims():
     np.testing.assert_allclose(energy(logits, 2.0), 2 * energy(logits / 2))
 
 
-def clouds(num_labels: int = 4, hidden: int = 6, num_cells: int = 200, seed: int = 0):
-    generator = np.random.default_rng(seed)
-    labels = np.arange(num_cells) % num_labels
-    centres = generator.normal(0, 5, (num_labels, hidden))
-    return centres[labels] + generator.normal(size=(num_cells, hidden)) @ generator.normal(
-        size=(hidden, hidden)
-    ), labels
-
-
-def test_distances_are_those_of_ledoit_and_wolfs_covariance_by_a_loop():
-    embeddings, labels = clouds()
-    means, precision = mahalanobis_fit(embeddings, labels, 4)
-    expected_means = np.array([embeddings[labels == label].mean(axis=0) for label in range(4)])
-    np.testing.assert_allclose(means, expected_means)
-    covariance = LedoitWolf(assume_centered=True).fit(embeddings - expected_means[labels]).covariance_
-    # Four means were fitted.
-    np.testing.assert_allclose(np.linalg.inv(precision), covariance * 200 / 196, rtol=1e-3, atol=1e-3)
-    expected = [min(np.sqrt((cell - mean) @ precision @ (cell - mean)) for mean in means) for cell in embeddings]
-    np.testing.assert_allclose(mahalanobis_distance(embeddings, means, precision, chunk_size=64), expected)
-    assert mahalanobis_distance(embeddings[:0], means, precision).shape == (0,)
-
-
-def test_distances_tell_cells_of_a_label_that_was_left_out():
-    embeddings, labels = clouds()
-    known = labels < 3
-    fitted = mahalanobis_fit(embeddings[known], labels[known], 3)
-    distances = mahalanobis_distance(embeddings, *fitted)
-    assert np.median(distances[~known]) > 2 * np.quantile(distances[known], 0.95)
-
-
-def test_distances_do_not_depend_on_rotation_level_and_scale():
-    embeddings, labels = clouds()
-    expected = mahalanobis_distance(embeddings, *mahalanobis_fit(embeddings, labels, 4))
-    rotation = stats.ortho_group.rvs(6, random_state=0)
-    for scale in (1e-40, 1.0, 1e40):
-        moved = scale * (embeddings @ rotation + 100)
-        np.testing.assert_allclose(mahalanobis_distance(moved, *mahalanobis_fit(moved, labels, 4)), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("embeddings", "labels"),
-    [
-        pytest.param(np.random.default_rng(0).normal(size=(5, 20)), [0, 0, 1, 1, 2], id="more_dimensions_than_cells"),
-        pytest.param(np.random.default_rng(0).normal(size=(3, 4)), [0, 1, 2], id="one_cell_a_label"),
-        pytest.param(np.full((9, 4), 0.1), [0, 1, 2] * 3, id="equal_cells"),
-        pytest.param(np.ones((1, 4)), [1], id="one_cell"),
-        pytest.param(np.column_stack([np.arange(9.0), np.full(9, 0.3)]), [0, 1, 2] * 3, id="a_constant_dimension"),
-        pytest.param(np.arange(9.0)[:, None], [0, 1, 2] * 3, id="one_dimension"),
-    ],
-)
-@pytest.mark.parametrize("shrinkage", [None, 0.0, 1.0])
-def test_singular_embeddings_have_finite_distances(embeddings, labels, shrinkage):
-    means, precision = mahalanobis_fit(embeddings.astype(np.float32), labels, 4, shrinkage)
-    assert np.isnan(means).all(axis=1).tolist() == [label not in labels for label in range(4)]
-    assert np.linalg.eigvalsh(precision).min() > 0
-    assert np.isfinite(mahalanobis_distance(embeddings, means, precision)).all()
-
-
 # Inputs
 
 PROBABILITIES = np.array([[0.5, 0.5], [0.9, 0.1]])
@@ -309,12 +248,6 @@ PROBABILITIES = np.array([[0.5, 0.5], [0.9, 0.1]])
         pytest.param(unassigned_threshold, (PROBABILITIES, [0, 0], 1.0), "max_error", id="max_error"),
         pytest.param(unassigned_threshold, (PROBABILITIES, [0, 0], 0.1, 1.0), "confidence", id="confidence"),
         pytest.param(energy, (PROBABILITIES, 0.0), "above 0", id="temperature"),
-        pytest.param(mahalanobis_fit, (PROBABILITIES, [0, 3], 3), "from 0 to 2", id="label_of_embedding"),
-        pytest.param(mahalanobis_fit, (PROBABILITIES, [0, 1], 2, 1.5), "shrinkage", id="shrinkage"),
-        pytest.param(mahalanobis_distance, (PROBABILITIES, np.ones((2, 3)), np.eye(3)), "2 dimensions", id="sizes"),
-        pytest.param(
-            mahalanobis_distance, (PROBABILITIES, np.full((2, 2), np.nan), np.eye(2)), "at least one label", id="means"
-        ),
     ],
 )
 def test_what_cannot_be_used_is_refused(function, arguments, message):

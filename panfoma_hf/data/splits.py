@@ -85,7 +85,7 @@ class Split:
     held_out: tuple[str, ...] = ()
 
 
-def find_groups(obs: pd.DataFrame, label: str, test_size: float = 0.2) -> str | None:
+def find_groups(obs: pd.DataFrame, label: str) -> str | None:
     """The first of `GROUP_COLUMNS` by which cells can be split, None where there is none.
 
     A column can be split by if it says something of every labelled cell, has at least two groups, not all of one
@@ -98,15 +98,12 @@ def find_groups(obs: pd.DataFrame, label: str, test_size: float = 0.2) -> str | 
         (cells, columns), what is known of the cells.
     label
         Column with the labels; cells without one do not count.
-    test_size
-        Share of cells to hold out; where two groups are enough for any share, only its range is checked.
 
     Raises
     ------
     ValueError
-        If there is no such label, or the share is not between 0 and 1.
+        If there is no such label.
     """
-    _check_test_size(test_size)
     labels = _column(obs, label)
     is_labelled = labels.notna().to_numpy()
     labels = labels[is_labelled].to_numpy()

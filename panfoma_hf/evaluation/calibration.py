@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import linalg, optimize, stats
-from scipy.spatial.distance import cdist
+from scipy import optimize, stats
 from scipy.special import logsumexp
-from sklearn.covariance import ledoit_wolf
 
 
 # Temperatures beyond these say that something else is wrong.
@@ -260,104 +258,6 @@ def energy(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     if not 0 < temperature < np.inf:
         raise ValueError(f"A temperature is above 0, got {temperature}. 1 changes nothing.")
     return -temperature * logsumexp(_finite("logits", logits) / temperature, axis=1)
-
-
-def mahalanobis_fit(
-    embeddings: np.ndarray, labels: Sequence[int], num_labels: int, shrinkage: float | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the labels' embeddings and the precision that they share, for `mahalanobis_distance`.
-
-    As Lee et al. (NeurIPS 2018), with a covariance around the labels' means that is shrunk towards a multiple of the
-    identity, so that it can be inverted whatever the numbers of cells and dimensions. A label with one cell has a mean
-    and adds nothing to the covariance. Where all have one, the covariance is that around the common mean.
-
-    Parameters
-    ----------
-    embeddings
-        (cells, hidden), of training cells.
-    labels
-        (cells,), ids of their labels.
-    num_labels
-        Number of labels.
-    shrinkage
-        From 0, the covariance as it is, to 1; None takes Ledoit and Wolf's (2004).
-
-    Returns
-    -------
-    (labels, hidden) means, NaN for a label without cells; (hidden, hidden) precision. Both float64.
-
-    Raises
-    ------
-    ValueError
-        If there is no cell, a value is NaN or infinite, an id is none of the labels, or the shrinkage is out of range.
-    """
-    if shrinkage is not None and not 0 <= shrinkage <= 1:
-        raise ValueError(f"`shrinkage` is from 0 to 1, got {shrinkage}. None takes Ledoit and Wolf's.")
-    embeddings = _finite("embeddings", embeddings)
-    labels = _ids(labels, embeddings, num_labels)
-    hidden = embeddings.shape[1]
-    counts = np.bincount(labels, minlength=num_labels)
-    sums = np.zeros((num_labels, hidden))
-    np.add.at(sums, labels, embeddings)
-    means = np.divide(sums, counts[:, None], out=np.full((num_labels, hidden), np.nan), where=counts[:, None] > 0)
-    residuals = embeddings - means[labels]
-    freedom = len(labels) - int((counts > 0).sum())
-    if not freedom:
-        residuals, freedom = embeddings - embeddings.mean(axis=0), max(len(labels) - 1, 1)
-    scatter = residuals.T @ residuals / freedom
-    variance = np.trace(scatter) / hidden
-    # Rounding leaves a trace of what are equal embeddings.
-    if variance <= (np.finfo(np.float64).eps * np.abs(embeddings).max()) ** 2 * 1e3:
-        return means, np.eye(hidden)
-    if shrinkage is None:
-        # In the scale of the data: Ledoit and Wolf's takes fourth powers, which overflow or vanish.
-        shrinkage = ledoit_wolf(residuals / np.sqrt(variance), assume_centered=True)[1]
-    covariance = (1 - shrinkage) * scatter
-    covariance[np.diag_indices(hidden)] += (shrinkage + _RIDGE) * variance
-    precision = linalg.inv(covariance)
-    return means, (precision + precision.T) / 2
-
-
-def mahalanobis_distance(
-    embeddings: np.ndarray, means: np.ndarray, precision: np.ndarray, chunk_size: int = 4096
-) -> np.ndarray:
-    """(cells,), distance to the nearest label's mean: higher for cells unlike those trained on.
-
-    Lee et al. (NeurIPS 2018), whose score is the negative square of it.
-
-    Parameters
-    ----------
-    embeddings
-        (cells, hidden).
-    means, precision
-        What `mahalanobis_fit` gives.
-    chunk_size
-        Cells whose distances to all labels are in memory at once.
-
-    Raises
-    ------
-    ValueError
-        If a value is NaN or infinite, sizes differ, or no label has a mean.
-    """
-    embeddings = _finite("embeddings", embeddings, may_be_empty=True)
-    means, precision = np.asarray(means, dtype=np.float64), np.asarray(precision, dtype=np.float64)
-    hidden = embeddings.shape[1]
-    if means.ndim != 2 or means.shape[1] != hidden or precision.shape != (hidden, hidden):
-        raise ValueError(
-            f"Means are (labels, {hidden}) and the precision is ({hidden}, {hidden}) for embeddings of {hidden} "
-            f"dimensions, got {means.shape} and {precision.shape}. Fit them on embeddings of the same model."
-        )
-    means = means[~np.isnan(means).any(axis=1)]
-    if not len(means):
-        raise ValueError("A distance needs the mean of at least one label, got none. Fit on cells with labels.")
-    # Distances are Euclidean after this; centring keeps digits.
-    whiten, centre = linalg.cholesky(precision, lower=True), means.mean(axis=0)
-    targets = (means - centre) @ whiten
-    distances = np.empty(len(embeddings))
-    for start in range(0, len(embeddings), chunk_size):
-        cells = slice(start, start + chunk_size)
-        distances[cells] = cdist((embeddings[cells] - centre) @ whiten, targets).min(axis=1)
-    return distances
 
 
 def _finite(name: str, values: np.ndarray, may_be_empty: bool = False) -> np.ndarray:

@@ -246,7 +246,7 @@ def split_task(task: Task, cells: ad.AnnData, seed: int) -> tuple[np.ndarray, np
 
 
 def _column_of_groups(task: Task, cells: ad.AnnData) -> str | None:
-    return find_groups(cells.obs, task.label, task.test_size) if task.groups == "auto" else task.groups
+    return find_groups(cells.obs, task.label) if task.groups == "auto" else task.groups
 
 
 def _annotation(task, cells, classifier, seeds, budget, layer) -> TaskResult:

@@ -1,11 +1,12 @@
 """Fine-tuning and pretraining on `transformers.Trainer`."""
 
 from .checkpoints import CHECKPOINT_FILES, export_checkpoint, save_checkpoint
-from .finetuning import balanced_class_weights, finetune
+from .finetuning import finetune
 from .pretraining import pretrain
 from .pretraining_trainer import PretrainingTrainer
 from .recipes import read_recipe
 from .safety import PretrainingError, last_good_checkpoint
+from .study import balanced_class_weights
 from .trainer import PanFoMaTrainer, WeightedCrossEntropy
 
 

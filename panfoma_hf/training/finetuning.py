@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 
@@ -15,17 +14,13 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 import torch
-from datasets import Dataset
 from scipy.special import softmax
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, TrainingArguments
+from transformers import AutoModelForSequenceClassification, EvalPrediction, TrainingArguments
 from transformers.utils import logging
 
-from ..data.cells import MIN_COVERAGE, anndata_cells, name_of, read_cells, read_expression, tokenize
+from ..data.cells import MIN_COVERAGE
 from ..data.collator import DataCollatorForCells
-from ..data.dataset import cell_dataset
 from ..data.forward import forward_cells
-from ..data.splits import find_groups, find_leakage, split_cells
-from ..data.variable_genes import variable_genes
 from ..evaluation.baselines import CLASSIFIERS
 from ..evaluation.calibration import energy, expected_calibration_error, fit_temperature, unassigned_threshold
 from ..evaluation.metrics import classification_metrics
@@ -33,8 +28,7 @@ from ..evaluation.probes import embed_dataset
 from ..modeling import PanFoMaConfig, PanFoMaForCellClassification
 from ..modeling.configuration_panfoma import SIZES
 from ..shipped import checkpoint
-from ..tokenization import PanFoMaTokenizer, check_tokenizer, warn_of_empty_cells
-from ..tokenization.value_scale import COUNTS
+from ..tokenization import check_tokenizer
 from .checkpoints import check_replaceable, save_checkpoint
 from .heads import (
     EMBEDDING_STRENGTH,
@@ -51,6 +45,7 @@ from .heads import (
     write_classifier,
 )
 from .report import model_card, report_file, score_table
+from .study import Study, is_share, read_study
 from .trainer import KeepBest, PanFoMaTrainer
 
 
@@ -76,31 +71,11 @@ LEARNING_RATES = {"full": 1e-4, "lora": 3e-4, "probe": 1e-4}
 # Rank and scale of the adapters, and the layers that have one: all that multiply by a matrix.
 LORA_RANK, LORA_SCALE = 8, 16
 LORA_LAYERS = ["qkv_proj", "out_proj", "mlp_up_proj", "mlp_down_proj", "in_proj", "x_proj", "gate_proj"]
-# Variable genes that are read unless another set is asked for.
-NUM_GENES = 1000
 # Power of a class' number of cells by which it weighs in the loss.
 CLASS_WEIGHT_POWER = 0.5
 BASELINES = ("majority", "hvg_logistic_regression")
 # Points of the validation cells' energies that are kept.
 ENERGY_POINTS = 101
-
-
-def balanced_class_weights(labels: np.ndarray, num_labels: int, power: float) -> torch.Tensor:
-    """Weights of classes of ``count ** -power``, scaled to a mean of 1 over the cells.
-
-    Parameters
-    ----------
-    labels
-        (cells,), class ids; negative ones do not count.
-    num_labels
-        Number of classes.
-    power
-        0 for equal weights, 1 for weights that give every class the same say.
-    """
-    labels = np.asarray(labels)
-    counts = np.bincount(labels[labels >= 0], minlength=num_labels).astype(np.float64)
-    weights = np.maximum(counts, 1) ** -power
-    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
 
 
 def finetune(
@@ -208,7 +183,7 @@ def finetune(
     labels = [label] if isinstance(label, str) else list(label)
     seed = training_arguments.pop("seed", 42)
     seeds = seeds or [seed]
-    study = _read_study(
+    study = read_study(
         cells,
         labels,
         validation,
@@ -237,7 +212,7 @@ def finetune(
     if baselines and study.validation is not None:
         _add_baselines(report, study, layer, best.seed)
     _add_warnings(report)
-    report["refitted"] = refit and _is_share(validation) and best.refit()
+    report["refitted"] = refit and is_share(validation) and best.refit()
 
     trainer = best.trainer
     classifier = trainer.model
@@ -259,7 +234,7 @@ def _check_arguments(mode: str, validation, max_error: float, seeds: list[int] |
         raise ValueError(f"`mode` is one of {', '.join(MODES)}, got {mode!r}. Use one of these.")
     if mode == "lora":
         _peft()
-    if _is_share(validation) and not 0 < validation < 1:
+    if is_share(validation) and not 0 < validation < 1:
         raise ValueError(
             f"`validation` as a share of the cells is between 0 and 1, got {validation}. Pass 0.15, or cells; None "
             "does without."
@@ -273,223 +248,6 @@ def _check_arguments(mode: str, validation, max_error: float, seeds: list[int] |
         )
 
 
-def _is_share(validation) -> bool:
-    return isinstance(validation, Real)
-
-
-@dataclass
-class _Study:
-    """What all seeds share: cells, tokens, names and labels of each task, and what is known of the split.
-
-    ``names`` are the tasks' labels; ``train_labels`` and ``validation_labels`` are (cells, tasks) ids, -100 where one
-    is not known.
-    """
-
-    names: dict[str, list[str]]
-    train: ad.AnnData
-    validation: ad.AnnData | None
-    tokenizer: PanFoMaTokenizer
-    train_labels: np.ndarray
-    validation_labels: np.ndarray | None
-    train_dataset: Dataset
-    validation_dataset: Dataset | None
-    report: dict = field(default_factory=dict)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Number of labels of each task."""
-        return [len(names) for names in self.names.values()]
-
-    def class_weights(self, power: float) -> torch.Tensor:
-        """(labels,), weights in the loss of the labels of all tasks."""
-        tasks = zip(self.train_labels.T, self.sizes, strict=True)
-        return torch.cat([balanced_class_weights(ids, size, power) for ids, size in tasks])
-
-
-def _read_study(cells, labels, validation, groups, model, gene_set, seed, *, layer, **reading) -> _Study:
-    """Read and split the cells, choose the genes, and tokenize."""
-    name, validation_name = name_of(cells), "the validation cells"
-    cells = read_cells(cells)
-    # Tasks lie in the order of the alphabet, as in the configuration; the first that was named decides the split.
-    first, labels = labels[0], sorted(labels)
-    known, validation_known = _all_labels(cells, labels), None
-    split = {"groups": None, "held_out": [], "leakage": []}
-    if _is_share(validation):
-        column = find_groups(cells.obs, first, validation) if groups == "auto" else groups
-        train, held_out, split = _split(cells, known, first, column, validation, seed)
-        validation, cells = cells[held_out].copy(), cells[train].copy()
-        known, validation_known = (
-            {label: of_label[rows] for label, of_label in known.items()} for rows in (train, held_out)
-        )
-    elif validation is not None:
-        if not isinstance(validation, ad.AnnData):
-            validation_name = name_of(validation)
-        validation = read_cells(validation)
-        validation_known = _all_labels(validation, labels)
-        split["held_out"] = [validation_name]
-    names = {label: sorted(set(_known(of_label))) for label, of_label in known.items()}
-    for label, of_label in names.items():
-        if len(of_label) < 2:
-            raise ValueError(
-                f"At least two labels are needed to learn a difference, got {of_label} in obs[{label!r}]. "
-                "Add cells of another label, or name another column."
-            )
-    train_ids, validation_ids = _label_ids(known, names), None
-    if validation is not None:
-        validation_ids = _label_ids(validation_known, names)
-        leakage = find_leakage(cells, validation, first)
-        split["leakage"] = leakage.messages()
-        if leakage.is_leak or leakage.telling_columns:
-            logger.warning("The split leaks, or may: " + " ".join(leakage.messages()))
-
-    tokenizer = _starting_tokenizer(model)
-    chosen = _gene_set(gene_set, cells, name, tokenizer, layer, reading)
-    if chosen is not None:
-        tokenizer.gene_set = chosen
-    train_dataset = _labelled_dataset(cells, train_ids, tokenizer, layer=layer, name=name, **reading)
-    validation_dataset = None
-    if validation is not None:
-        validation_dataset = _labelled_dataset(
-            validation, validation_ids, tokenizer, layer=layer, name=validation_name, **reading
-        )
-    report = {
-        "labels": {label: len(of_label) for label, of_label in names.items()},
-        "train_cells": cells.n_obs,
-        "validation_cells": 0 if validation is None else validation.n_obs,
-        "train_counts": {
-            label: dict(zip(of_label, np.bincount(ids[ids >= 0], minlength=len(of_label)).tolist(), strict=True))
-            for (label, of_label), ids in zip(names.items(), train_ids.T, strict=True)
-        },
-        "split": split,
-        "gene_set_size": len(tokenizer.gene_set or []),
-    }
-    return _Study(
-        names, cells, validation, tokenizer, train_ids, validation_ids, train_dataset, validation_dataset, report
-    )
-
-
-def _split(
-    cells: ad.AnnData, known: dict[str, np.ndarray], first: str, column: str | None, share: float, seed: int
-) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Positions to train on and to hold out, by the labels of the task ``first``, and what to report of that.
-
-    Groups that alone have one of its labels are trained on, as whoever fine-tunes wants these names learned. A label of
-    another task that only held-out cells have is struck from ``known``.
-    """
-    if column is not None and column not in cells.obs:
-        raise ValueError(
-            f"`groups` must be a column of obs, got {column!r}; the columns are {sorted(cells.obs)}. Name one of "
-            "these, or pass None to split by cell."
-        )
-    is_labelled = np.array([label is not None for label in known[first]])
-    labelled = np.flatnonzero(is_labelled)
-    groups = None if column is None else cells.obs[column].iloc[labelled]
-    split = split_cells(known[first][labelled], groups=groups, test_size=share, seed=seed)
-    is_held_out = np.zeros(cells.n_obs, dtype=bool)
-    is_held_out[labelled[split.test]] = True
-    names_of_groups = set(split.held_out)
-    if split.only_in_test:
-        group_of = cells.obs[column].astype(str).to_numpy()
-        needed = set(group_of[is_held_out & np.isin(known[first].astype(str), split.only_in_test)])
-        names_of_groups -= needed
-        is_held_out &= ~np.isin(group_of, list(needed))
-        logger.warning(
-            f"Labels should be in several groups of {column!r} to be both learned and scored, got "
-            f"{_listed(set(split.only_in_test))} of {first!r} in held-out ones only. These groups are trained on."
-        )
-        if not names_of_groups:
-            logger.warning(f"No other group of {column!r} was held out: cells are split by themselves, across groups.")
-            return _split(cells, known, first, None, share, seed)
-    is_train = ~is_held_out
-    if column is not None:  # cells of the same groups without this task's label would leak
-        is_train &= is_labelled | ~cells.obs[column].astype(str).isin(names_of_groups).to_numpy()
-    for label, of_label in known.items():
-        if lost := set(_known(of_label[is_held_out])) - set(_known(of_label[is_train])):
-            rows = np.flatnonzero(is_held_out & np.array([name in lost for name in of_label]))
-            if column is None:  # nothing speaks against training on these cells
-                is_held_out[rows], is_train[rows] = False, True
-            else:
-                of_label[rows] = None
-                logger.warning(f"Only held-out groups have the {label!r} {_listed(lost)}: not learned.")
-        if not_scored := set(_known(of_label[is_train])) - set(_known(of_label[is_held_out])):
-            logger.warning(f"No validation cell has the {label!r} {_listed(not_scored)}: not scored.")
-    report = {"groups": column, "held_out": sorted(names_of_groups), "leakage": []}
-    return np.flatnonzero(is_train), np.flatnonzero(is_held_out), report
-
-
-def _listed(names: set[str], most: int = 5) -> str:
-    return ", ".join(sorted(names)[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
-def _gene_set(gene_set, cells, name, tokenizer, layer, reading) -> Sequence[str] | None:
-    """Names of the genes to read, None for those that the tokenizer has."""
-    is_auto = isinstance(gene_set, str) and gene_set == "auto"
-    if is_auto and (tokenizer.gene_set is not None or cells.n_vars <= NUM_GENES):
-        return None
-    if is_auto or isinstance(gene_set, Integral):
-        expression = read_expression(anndata_cells(cells, name), tokenizer, layer=layer, **reading)
-        if is_auto and expression.scale.kind != COUNTS:
-            return None
-        number = NUM_GENES if is_auto else gene_set
-        try:
-            return variable_genes(cells, number, tokenizer, layer=expression.layer, gene_column=reading["gene_column"])
-        except ImportError:
-            if not is_auto:
-                raise
-            logger.warning("Every gene is read: `pip install panfoma-hf[analysis]` finds the variable ones.")
-            return None
-    return gene_set
-
-
-def _all_labels(cells: ad.AnnData, labels: list[str]) -> dict[str, np.ndarray]:
-    """(cells,) names by column of ``obs``; None where one is missing, which is an error if it is the only one."""
-    known = {}
-    for label in labels:
-        if label not in cells.obs:
-            raise ValueError(
-                f"`label` must be a column of obs, got {label!r}; the columns are {sorted(cells.obs)}. Name one of "
-                "these."
-            )
-        names = cells.obs[label].astype(str).to_numpy(dtype=object)
-        names[cells.obs[label].isna().to_numpy()] = None
-        known[label] = names
-    num_missing = sum(all(name is None for name in names) for names in zip(*known.values(), strict=True))
-    if num_missing:
-        one = len(labels) == 1
-        raise ValueError(
-            f"Every cell needs a label, got {num_missing:,} of {cells.n_obs:,} without one in "
-            + (f"obs[{labels[0]!r}]. " if one else f"any of {', '.join(map(repr, labels))}. ")
-            + f"Leave them out: adata[adata.obs[{labels[0] if one else labels!r}].notna()"
-            + ("]." if one else ".any(axis=1)].")
-        )
-    return known
-
-
-def _known(labels: np.ndarray) -> list[str]:
-    return [label for label in labels if label is not None]
-
-
-def _label_ids(known: dict[str, np.ndarray], names: dict[str, list[str]]) -> np.ndarray:
-    """(cells, tasks) ids of the labels, -100 where one is not known."""
-    columns = []
-    for label, of_label in known.items():
-        if unknown := set(_known(of_label)) - set(names[label]):
-            raise ValueError(
-                f"Validation cells must have labels of the training cells, got {sorted(unknown)} besides in "
-                f"obs[{label!r}]. Leave these cells out, or put some of them into the training cells."
-            )
-        ids = {None: -100} | {name: index for index, name in enumerate(names[label])}
-        columns.append([ids[name] for name in of_label])
-    return np.array(columns, dtype=np.int64).T
-
-
-def _labelled_dataset(cells: ad.AnnData, ids: np.ndarray, tokenizer: PanFoMaTokenizer, **reading) -> Dataset:
-    tokens, _ = tokenize(cells, tokenizer, **reading)
-    warn_of_empty_cells(tokens.lengths)
-    has_tasks = ids.shape[1] > 1
-    return cell_dataset(tokens, ids if has_tasks else ids[:, 0], has_tasks=has_tasks)
-
-
 @dataclass
 class _Run:
     """One seed's training.
@@ -498,7 +256,7 @@ class _Run:
     ``gene_shares`` are what genes' logits weigh beside the network's.
     """
 
-    study: _Study
+    study: Study
     start: str | Path | PanFoMaConfig
     mode: str
     class_weight_power: float
@@ -720,7 +478,7 @@ def _with_adapters(classifier: PanFoMaForCellClassification):
         return peft.get_peft_model(classifier, adapters)
 
 
-def _add_baselines(report: dict, study: _Study, layer: str | None, seed: int) -> None:
+def _add_baselines(report: dict, study: Study, layer: str | None, seed: int) -> None:
     """Score simple methods on the very same cells; what cannot be run is noted."""
     for task, name in enumerate(study.names):
         of_task = report["tasks"][name]
@@ -775,12 +533,6 @@ def _name_of_model(model) -> str:
     if str(model) in SIZES:
         return f"random weights of size {model}"
     return "panfoma-small, which comes with the package" if str(model) == str(checkpoint()) else str(model)
-
-
-def _starting_tokenizer(model) -> PanFoMaTokenizer:
-    if isinstance(model, PanFoMaConfig):
-        return PanFoMaTokenizer(num_expression_bins=model.num_expression_bins)
-    return PanFoMaTokenizer() if str(model) in SIZES else AutoTokenizer.from_pretrained(model)
 
 
 def _starting_model(model, names: dict[str, list[str]], tokenizer) -> PanFoMaForCellClassification:

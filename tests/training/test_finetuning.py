@@ -397,9 +397,9 @@ def test_a_checkpoint_without_calibration_does_as_before(calibrated, adata, toke
 def studies(monkeypatch):
     """What each run read and split."""
     seen = []
-    read = finetuning._read_study
+    read = finetuning.read_study
     monkeypatch.setattr(
-        finetuning, "_read_study", lambda *args, **kwargs: seen.append(read(*args, **kwargs)) or seen[-1]
+        finetuning, "read_study", lambda *args, **kwargs: seen.append(read(*args, **kwargs)) or seen[-1]
     )
     return seen
 

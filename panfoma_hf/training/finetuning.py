@@ -12,8 +12,8 @@ from types import ModuleType
 
 import anndata as ad
 import numpy as np
-import scipy.sparse as sp
 import torch
+from datasets import Dataset, concatenate_datasets
 from scipy.special import softmax
 from transformers import AutoModelForSequenceClassification, EvalPrediction, TrainingArguments
 from transformers.utils import logging
@@ -332,10 +332,7 @@ class _Run:
     def _solve_classifier(self, classifier: PanFoMaForCellClassification) -> None:
         """Put logistic regression on the embeddings into the model."""
         study = self.study
-        train, labels = study.train_dataset, study.train_labels
-        drawn = draw_cells(labels, self.seed)
-        if len(drawn) < len(labels):  # so that the others are not embedded
-            train, labels = train.select(drawn), labels[drawn]
+        train, labels = self._drawn(study.train_dataset, study.train_labels)  # so that the others are not embedded
         embeddings = embed_dataset(classifier.panfoma, train, study.tokenizer)
         held_out = None
         if study.validation_dataset is not None:
@@ -351,6 +348,11 @@ class _Run:
         if self.mode == "probe" and held_out is not None:  # for `refit`
             self.embedded = np.concatenate([embeddings, held_out]), np.concatenate([labels, study.validation_labels])
 
+    def _drawn(self, dataset: Dataset, labels: np.ndarray) -> tuple[Dataset, np.ndarray]:
+        """As many of the cells as a regression is solved on."""
+        drawn = draw_cells(labels, self.seed)
+        return (dataset, labels) if len(drawn) == len(labels) else (dataset.select(drawn), labels[drawn])
+
     def _add_gene_logits(self, classifier: PanFoMaForCellClassification, network: np.ndarray | None) -> None:
         """Solve logistic regression on bins, and weigh it and the network by the validation cells."""
         study = self.study
@@ -358,9 +360,10 @@ class _Run:
         told = None
         if study.validation_dataset is not None:
             told = bins_matrix(study.validation_dataset, classifier, max_genes), study.validation_labels
+        train, labels = self._drawn(study.train_dataset, study.train_labels)
         genes = solve(
-            bins_matrix(study.train_dataset, classifier, max_genes),
-            study.train_labels,
+            bins_matrix(train, classifier, max_genes),
+            labels,
             study.sizes,
             self.class_weights.numpy(),
             told,
@@ -390,10 +393,11 @@ class _Run:
         elif self.gene_logits:
             classifier.classifier.load_state_dict(self.network_layer)
         if self.gene_logits:
-            max_genes = study.tokenizer.model_max_length
-            datasets = study.train_dataset, study.validation_dataset
-            bins = sp.vstack([bins_matrix(dataset, classifier, max_genes) for dataset in datasets], format="csr")
-            labels = np.concatenate([study.train_labels, study.validation_labels])
+            cells, labels = self._drawn(
+                concatenate_datasets([study.train_dataset, study.validation_dataset]),
+                np.concatenate([study.train_labels, study.validation_labels]),
+            )
+            bins = bins_matrix(cells, classifier, study.tokenizer.model_max_length)
             genes = solve(bins, labels, *settings, self.gene_head.strengths, self.seed)
             add_gene_logits(classifier, genes, self.weights)
         return self.mode == "probe" or self.gene_logits

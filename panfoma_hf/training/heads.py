@@ -27,7 +27,7 @@ MOST_CELLS = 20_000
 MOST_WEIGHT = 10.0
 
 
-class Classifier:
+class LinearClassifier:
     """A linear function, ``features @ weight.T + bias``, of each task's labels side by side.
 
     Parameters
@@ -57,7 +57,7 @@ def solve(
     strengths: Sequence[float],
     default: float | Sequence[float],
     seed: int,
-) -> Classifier:
+) -> LinearClassifier:
     """L2-regularised multinomial logistic regression for each task.
 
     Parameters
@@ -94,7 +94,7 @@ def solve(
             if best is None or loss < best_loss:
                 best, best_loss = solved, loss
         parts.append(best)
-    return Classifier(
+    return LinearClassifier(
         np.concatenate([part.weight for part in parts]),
         np.concatenate([part.bias for part in parts]),
         [strength for part in parts for strength in part.strengths],
@@ -121,12 +121,12 @@ def draw_cells(labels: np.ndarray, seed: int, most: int | None = None) -> np.nda
     return np.sort(np.concatenate([order[of_each_label], np.delete(order, of_each_label)])[:most])
 
 
-def _solve_task(features, labels: np.ndarray, size: int, weights: np.ndarray, strength: float) -> Classifier:
+def _solve_task(features, labels: np.ndarray, size: int, weights: np.ndarray, strength: float) -> LinearClassifier:
     weight, bias = np.zeros((size, features.shape[1])), np.zeros(size)
     present = np.unique(labels)
     if len(present) == 1:
         bias[present] = 1.0
-        return Classifier(weight, bias, [strength])
+        return LinearClassifier(weight, bias, [strength])
     # A gene that no cell has keeps a weight of 0, and most of the vocabulary is such genes.
     used = np.flatnonzero(features.getnnz(axis=0)) if sp.issparse(features) else np.arange(features.shape[1])
     # More steps move predictions by less than what another draw of cells does.
@@ -140,7 +140,7 @@ def _solve_task(features, labels: np.ndarray, size: int, weights: np.ndarray, st
         intercepts = np.concatenate([-intercepts, intercepts]) / 2
     weight[np.ix_(present, used)], bias[present] = coefficients, intercepts
     bias[np.setdiff1d(np.arange(size), present)] = intercepts.min() - 5  # a label that no training cell has
-    return Classifier(weight, bias, [strength])
+    return LinearClassifier(weight, bias, [strength])
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -148,20 +148,20 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels].mean())
 
 
-def standardised(solver, train: np.ndarray, validation: np.ndarray | None) -> Classifier:
+def standardised(solver, train: np.ndarray, validation: np.ndarray | None) -> LinearClassifier:
     """Solve on standardised embeddings; the classifier that comes back takes them as they are.
 
     Parameters
     ----------
     solver
-        Called with standardised training and validation embeddings, gives a `Classifier`.
+        Called with standardised training and validation embeddings, gives a `LinearClassifier`.
     train, validation
         (cells, hidden), embeddings.
     """
     scaler = StandardScaler().fit(train)
     solved = solver(scaler.transform(train), None if validation is None else scaler.transform(validation))
     weight = solved.weight / scaler.scale_
-    return Classifier(weight, solved.bias - weight @ scaler.mean_, solved.strengths)
+    return LinearClassifier(weight, solved.bias - weight @ scaler.mean_, solved.strengths)
 
 
 def bins_matrix(dataset: Dataset, model: PanFoMaForCellClassification, max_genes: int) -> sp.csr_matrix:
@@ -174,7 +174,7 @@ def bins_matrix(dataset: Dataset, model: PanFoMaForCellClassification, max_genes
     return sp.csr_matrix((data, np.concatenate(ids), indptr), shape=(len(ids), model.config.vocab_size))
 
 
-def write_classifier(model: PanFoMaForCellClassification, classifier: Classifier) -> None:
+def write_classifier(model: PanFoMaForCellClassification, classifier: LinearClassifier) -> None:
     """Put a classifier of cell embeddings into a model."""
     layer = model.classifier
     with torch.no_grad():
@@ -222,7 +222,7 @@ def pool(network: np.ndarray, genes: np.ndarray, labels: np.ndarray, sizes: Sequ
     return weights
 
 
-def add_gene_logits(model: PanFoMaForCellClassification, genes: Classifier, weights: np.ndarray) -> None:
+def add_gene_logits(model: PanFoMaForCellClassification, genes: LinearClassifier, weights: np.ndarray) -> None:
     """Give a model logits of genes beside its classifier of embeddings, each weighed.
 
     Parameters

@@ -21,7 +21,7 @@ from panfoma_hf.data.dataset import cell_dataset
 from panfoma_hf.data.forward import forward_cells
 from panfoma_hf.evaluation.baselines import CLASSIFIERS
 from panfoma_hf.evaluation.metrics import classification_metrics
-from panfoma_hf.training import PanFoMaTrainer, balanced_class_weights, finetuning
+from panfoma_hf.training import PanFoMaTrainer, balanced_class_weights, finetuning, heads
 from panfoma_hf.training.finetuning import LORA_LAYERS, LORA_RANK
 from tests.conftest import cells_of_counts, run_python, small_cells, tiny_config
 
@@ -211,6 +211,23 @@ def test_genes_are_refitted_on_all_cells_but_never_on_cells_passed_to_validate(s
     # The network is not solved again, and weighs what it weighed.
     torch.testing.assert_close(shares.model.classifier.weight, before.model.classifier.weight)
     assert shares.model.config.calibration == before.model.config.calibration
+
+
+def test_of_too_many_cells_no_more_than_a_regression_reads_are_embedded_or_laid_out(
+    start, adata, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(heads, "MOST_CELLS", 20)
+    sizes = {"embed_dataset": [], "bins_matrix": []}
+    for name, found in sizes.items():
+        plain = getattr(finetuning, name)
+        place = 1 if name == "embed_dataset" else 0
+        monkeypatch.setattr(
+            finetuning, name, lambda *got, _p=plain, _f=found, _i=place: _f.append(len(got[_i])) or _p(*got)
+        )
+    trainer = tune(adata, tmp_path / "few", start, mode="probe", validation=0.25)
+    held_out = trainer.report["tasks"]["cell_type"]["validation_cells"]
+    # Training cells and validation cells; of bins, validation cells first, and some of all at the end.
+    assert sizes == {"embed_dataset": [20, held_out], "bins_matrix": [held_out, 20, 20]}
 
 
 def test_adapters_change_their_layers_by_few_ranks_and_nothing_else(runs, start):

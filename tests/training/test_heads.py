@@ -13,7 +13,7 @@ from panfoma_hf import PanFoMaForCellClassification, cell_dataset
 from panfoma_hf.tokenization import CellTokens
 from panfoma_hf.training import heads
 from panfoma_hf.training.heads import (
-    Classifier,
+    LinearClassifier,
     add_gene_logits,
     bins_matrix,
     cross_entropy,
@@ -193,7 +193,7 @@ def test_a_task_without_validation_cells_gets_a_half_each_and_others_their_own()
 def test_a_written_classifier_is_the_models():
     model = spread_out(PanFoMaForCellClassification(tiny_config()))
     generator = np.random.default_rng(0)
-    classifier = Classifier(generator.normal(size=(3, 32)), generator.normal(size=3))
+    classifier = LinearClassifier(generator.normal(size=(3, 32)), generator.normal(size=3))
     write_classifier(model, classifier)
     found = model(**pad_batch(random_cells([9, 21])))
     np.testing.assert_allclose(
@@ -215,7 +215,7 @@ def test_combined_logits_are_the_weighted_sum_of_both(tasks):
             np.array([0, 0, 5, 26]),
         )
     )
-    genes = Classifier(generator.normal(size=(sum(sizes), 120)), generator.normal(size=sum(sizes)))
+    genes = LinearClassifier(generator.normal(size=(sum(sizes), 120)), generator.normal(size=sum(sizes)))
     weights = generator.uniform(0.1, 3, size=(len(sizes), 2))
     network = model(**batch).logits.detach().numpy()
     add_gene_logits(model, genes, weights)
@@ -224,7 +224,7 @@ def test_combined_logits_are_the_weighted_sum_of_both(tasks):
     np.testing.assert_allclose(model(**batch).logits.detach().numpy(), expected, rtol=1e-5, atol=1e-5)
     assert model.config.use_gene_logits
     # Once more: what it had of such logits is replaced.
-    nothing = Classifier(np.zeros_like(genes.weight), np.zeros_like(genes.bias))
+    nothing = LinearClassifier(np.zeros_like(genes.weight), np.zeros_like(genes.bias))
     before = model.classifier.weight.detach().clone()
     add_gene_logits(model, nothing, np.tile([1.0, 0.0], (len(sizes), 1)))
     torch.testing.assert_close(model.classifier.weight, before)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import anndata as ad
 import numpy as np
@@ -280,13 +281,20 @@ def test_the_script_runs_what_is_missing_and_writes_the_page(script, tmp_path, c
     (out / "pdac_card__majority.json").unlink()
     script("--out", out, "--methods", *methods, "--seeds", 0)
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["majority"]
+    # Those of other seeds or of another checkpoint are run again.
+    script("--out", out, "--methods", "majority", "--seeds", 0, 1)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["majority"]
+    record = json.loads((out / "mixing__pca.json").read_text())
+    (out / "mixing__pca.json").write_text(json.dumps(record | {"checkpoint": "another"}))
+    script("--out", out, "--methods", "pca", "--seeds", 0)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["pca"]
 
     script("--out", out, "--report", page)
     written = page.read_text()
     assert written.startswith("Before.\n")
     assert written.endswith("After.\n")
     assert "old" not in written
-    assert "| `pdac_card` | 48 | 3 | by donor | Made up. |" in written
+    assert re.search(r"\| `pdac_card` \| 48 \| 3 \| by donor \| \d \| Made up. \|", written)
     assert "| majority class | " in written
     for picture in ("label_budget.png", "calibration.png"):
         assert f"](results/{picture})" in written

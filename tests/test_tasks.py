@@ -79,7 +79,7 @@ def test_a_task_runs_with_methods_by_name(method, task):
     scores = run_task(task, method, seeds=[0, 1])
     assert set(scores) == {
         *("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "macro_f1_low", "macro_f1_high"),
-        *("calibration_error", "donor_accuracy", "seconds"),
+        *("calibration_error", "donor_accuracy", "test_donors", "seconds"),
     }
     assert all(isinstance(score, float) for score in scores.values())
     assert scores["accuracy"] > 0.9
@@ -194,12 +194,28 @@ def test_names_stand_for_methods(name, made_by, arguments, monkeypatch):
         ("panfoma:full", "supervised_embedder", ("full", None), {}),
         ("random:lora", "supervised_embedder", ("lora", "small"), {}),
         ("panfoma:logits", "supervised_embedder", ("probe", None), {"output": "logits"}),
-        ("panfoma:adapted", "adapted_embedder", (), {}),
+        ("panfoma:logits:a:b", "supervised_embedder", ("probe", "a:b"), {"output": "logits"}),
+        ("panfoma:full:here", "supervised_embedder", ("full", "here"), {}),
+        ("panfoma:adapted", "adapted_embedder", (None,), {}),
+        ("panfoma:adapted:here", "adapted_embedder", ("here",), {}),
     ],
 )
 def test_names_stand_for_embedders_that_are_trained(name, made_by, arguments, options, monkeypatch):
     monkeypatch.setattr(methods, made_by, lambda *got, **more: (made_by, got, more))
     assert embedder_of(name) == (None, (made_by, arguments, options))
+
+
+def test_a_network_by_itself_is_a_probe_without_the_genes_logits(monkeypatch):
+    monkeypatch.setattr(methods, "finetuned", lambda *got, **more: (got, more))
+    assert classifier_of("panfoma:network") == (("probe", None), {"gene_logits": False})
+    assert classifier_of("panfoma:network:here") == (("probe", "here"), {"gene_logits": False})
+    assert classifier_of("random:network") == (("probe", "small"), {"gene_logits": False})
+
+
+def test_a_checkpoint_embeds_as_it_is(cells, folder):
+    embedder, trained = embedder_of(f"checkpoint:{folder}")
+    assert trained is None
+    np.testing.assert_array_equal(embedder(cells), embeddings(cells, folder))
 
 
 def test_what_is_no_method_is_refused(task):
@@ -208,7 +224,7 @@ def test_what_is_no_method_is_refused(task):
             run_task(task, name)
     with pytest.raises(ValueError, match="'knn' or 'logistic_regression', got 'svm'"):
         run_task(task, "obsm:X_own:svm")
-    for name in ("umap", "panfoma:probe", "random:adapted", "random:logits", "obsm:"):
+    for name in ("umap", "panfoma:probe", "random:adapted", "random:logits", "random:full:x", "obsm:", "checkpoint:"):
         with pytest.raises(ValueError, match=f"A way to embed is one of pca, .*, got '{name}'"):
             embedder_of(name)
     with pytest.raises(ValueError, match="'embedding' or 'logits', got 'umap'"):
@@ -397,6 +413,7 @@ def test_donors_are_called_by_the_mean_of_their_cells_probabilities(tokenizer):
     task = Task("donors", cells, "kind", groups="donor", held_out=("x", "y", "z"))
     result = evaluate_task(task, method, seeds=[0])
     assert result.scores["donor_accuracy"] == pytest.approx(2 / 3)
+    assert result.scores["test_donors"] == 3
     # By cell: a, b, b of x against a, a, b; b, b, a of y against b, b, b; b of z, and a for the tie.
     assert result.predicted[0].tolist() == list("abbbbaba")
     assert result.scores["accuracy"] == pytest.approx(5 / 8)
@@ -441,6 +458,25 @@ def test_rare_and_missing_labels_are_left_out(cells):
     assert list(loaded.obs_names) == list(cells.obs_names[6:])
     pd.testing.assert_frame_equal(cells.obs, before.obs)
     assert run_task(Task("rare", cells, "cell_type"), "obsm:X_own", seeds=[0])["accuracy"] > 0.9
+
+
+def test_labels_that_the_draw_leaves_few_cells_of_are_left_out(cells):
+    cells = ad.concat([cells] * 8, index_unique="-")
+    labels = np.array(["B cell", "T cell"], dtype=object)[np.arange(len(cells)) % 2]
+    labels[:6] = "few"
+    cells.obs["cell_type"] = labels
+    assert "few" in set(Task("all", cells, "cell_type").load().obs["cell_type"])
+    loaded = Task("drawn", cells, "cell_type", most_cells=100).load()
+    assert set(loaded.obs["cell_type"]) == {"B cell", "T cell"}
+    assert 94 <= loaded.n_obs <= 100
+
+
+@pytest.mark.parametrize("role", ["groups", "donor", "batch"])
+def test_a_cell_without_donor_group_or_batch_is_an_error(role, cells):
+    cells.obs["donor"] = cells.obs["donor"].where(np.arange(48) > 2)
+    kind = {"kind": INTEGRATION} if role == "batch" else {}
+    with pytest.raises(ValueError, match=r"of all cells, got none in 'donor' for 3 of 48 of t\. Leave these out"):
+        Task("t", cells, "cell_type", **{role: "donor"}, **kind).load()
 
 
 def test_truth_values_and_numbers_are_labels(cells):

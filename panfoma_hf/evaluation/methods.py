@@ -200,7 +200,8 @@ def classifier_of(name: str | Callable) -> Classifier:
     ----------
     name
         A key of `baselines.CLASSIFIERS`; "panfoma:full", "panfoma:lora" or "panfoma:probe" for `finetuned`, with
-        ":CHECKPOINT" behind it from another one than that of the package; "panfoma:knn" or
+        ":CHECKPOINT" behind it from another one than that of the package; "panfoma:network", a probe of the network
+        alone, without logistic regression on the bins beside it; "panfoma:knn" or
         "panfoma:logistic_regression" for `pretrained`, likewise; "random:" in place of "panfoma:" for random weights;
         "checkpoint:FOLDER" for `trained_checkpoint`; "obsm:KEY" or "obsm:KEY:logistic_regression" for embeddings that
         the cells bring; a function is passed through.
@@ -223,12 +224,14 @@ def classifier_of(name: str | Callable) -> Classifier:
     if kind == "panfoma" or (kind == "random" and not model):  # random weights come from no checkpoint
         if method in ("full", "lora", "probe"):
             return finetuned(method, "small" if kind == "random" else model or None)
+        if method == "network":
+            return finetuned("probe", "small" if kind == "random" else model or None, gene_logits=False)
         if method in ("knn", "logistic_regression"):
             return pretrained("random" if kind == "random" else model or None, method)
     raise ValueError(
-        f"A method is one of {', '.join(CLASSIFIERS)}, panfoma:full, panfoma:lora, panfoma:probe, panfoma:knn, "
-        "panfoma:logistic_regression, the same of random, checkpoint:FOLDER or obsm:KEY, got "
-        f"{name!r}. Use one of these, or pass a function."
+        f"A method is one of {', '.join(CLASSIFIERS)}, panfoma:full, panfoma:lora, panfoma:probe, "
+        "panfoma:network, panfoma:knn, panfoma:logistic_regression, the same of random, checkpoint:FOLDER or obsm:KEY, "
+        f"got {name!r}. Use one of these, or pass a function."
     )
 
 
@@ -238,9 +241,10 @@ def embedder_of(name: str | Callable) -> tuple[Embedder | None, Callable | None]
     Parameters
     ----------
     name
-        A key of `baselines.EMBEDDERS`; "panfoma" or "random", as they are; "panfoma:adapted" by `adapted_embedder`;
-        "panfoma:full", "panfoma:lora" and the same of random by `supervised_embedder`, "panfoma:logits" the logits of
-        a probe; "obsm:KEY"; a function is taken as an embedder.
+        A key of `baselines.EMBEDDERS`; "panfoma" or "random", as they are; "checkpoint:FOLDER", one of your own as it
+        is; "panfoma:adapted" by `adapted_embedder`; "panfoma:full" and "panfoma:lora" by `supervised_embedder`, and
+        "panfoma:logits", the logits of a probe, each with ":CHECKPOINT" behind it from another one than that of the
+        package; "random:full" and "random:lora"; "obsm:KEY"; a function is taken as an embedder.
 
     Raises
     ------
@@ -251,21 +255,25 @@ def embedder_of(name: str | Callable) -> tuple[Embedder | None, Callable | None]
         return name, None
     if name in EMBEDDERS:
         return EMBEDDERS[name], None
-    kind, _, method = name.partition(":")
-    if kind == "obsm" and method:
-        return of_obsm(method), None
-    if kind in ("panfoma", "random") and not method:
+    kind, _, rest = name.partition(":")
+    if kind == "obsm" and rest:
+        return of_obsm(rest), None
+    if kind == "checkpoint" and rest:
+        return _embedder(rest), None
+    if kind in ("panfoma", "random") and not rest:
         return _embedder("random" if kind == "random" else None), None
-    start = "small" if kind == "random" else None
+    method, _, model = rest.partition(":")
+    if kind == "random" and not model and method in ("full", "lora"):
+        return None, supervised_embedder(method, "small")
     if kind == "panfoma" and method == "adapted":
-        return None, adapted_embedder()
-    if kind in ("panfoma", "random") and method in ("full", "lora"):
-        return None, supervised_embedder(method, start)
+        return None, adapted_embedder(model or None)
+    if kind == "panfoma" and method in ("full", "lora"):
+        return None, supervised_embedder(method, model or None)
     if kind == "panfoma" and method == "logits":
-        return None, supervised_embedder("probe", start, output="logits")
+        return None, supervised_embedder("probe", model or None, output="logits")
     raise ValueError(
-        f"A way to embed is one of {', '.join(EMBEDDERS)}, panfoma, random, panfoma:adapted, panfoma:full, "
-        "panfoma:lora, random:full, random:lora, panfoma:logits or obsm:KEY, got "
+        f"A way to embed is one of {', '.join(EMBEDDERS)}, panfoma, random, checkpoint:FOLDER, panfoma:adapted, "
+        "panfoma:full, panfoma:lora, panfoma:logits, random:full, random:lora or obsm:KEY, got "
         f"{name!r}. Use one of these, or pass a function."
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 
 from ..data.cells import read_cells
 from ..data.splits import Leakage, find_groups, find_leakage, split_cells
@@ -97,10 +98,12 @@ class Task:
     def load(self, data: str | Path | None = None) -> ad.AnnData:
         """A copy of the labelled cells of labels that have at least five; of these, some where there are too many.
 
+        Labels that have fewer than five cells after the draw are left out, too.
+
         Raises
         ------
         ValueError
-            If there is no such column, or fewer than two labels are left.
+            If there is no such column, a cell has no batch, donor or group, or fewer than two labels are left.
         """
         if isinstance(self.cells, ad.AnnData):
             cells = self.cells
@@ -115,13 +118,20 @@ class Task:
                     f"A task's columns are in obs, got {column!r} for {self.name}, which has {', '.join(cells.obs)}. "
                     "Name one of these."
                 )
+            missing = 0 if column in (None, self.label) else int(cells.obs[column].isna().sum())
+            if missing:  # as text, they would be a donor or batch of their own
+                raise ValueError(
+                    f"A task needs batches, donors and groups of all cells, got none in {column!r} for {missing:,} of "
+                    f"{cells.n_obs:,} of {self.name}. Leave these out: cells[cells.obs[{column!r}].notna()]."
+                )
         # As text, so that unused categories, booleans and numbers are names like others.
         labels = cells.obs[self.label].astype(object)
         labels = labels.where(labels.isna(), labels.astype(str))
         counts = labels.value_counts()
-        kept = np.flatnonzero(labels.isin(counts.index[counts >= FEWEST_CELLS]).to_numpy())
+        kept = _of_common_labels(labels, np.arange(len(labels)))
         if self.most_cells is not None and len(kept) > self.most_cells:
             kept = np.sort(np.random.default_rng(0).choice(kept, self.most_cells, replace=False))
+            kept = _of_common_labels(labels, kept)
         if labels.iloc[kept].nunique() < 2:
             shown = ", ".join(f"{name} ({count:,})" for name, count in counts.head(5).items())
             raise ValueError(
@@ -131,6 +141,12 @@ class Task:
         cells = cells[kept].copy()
         cells.obs[self.label] = labels.iloc[kept].to_numpy()
         return cells
+
+
+def _of_common_labels(labels: pd.Series, rows: np.ndarray) -> np.ndarray:
+    """Those of the rows whose label at least five of them have."""
+    counts = labels.iloc[rows].value_counts()
+    return rows[labels.iloc[rows].isin(counts.index[counts >= FEWEST_CELLS]).to_numpy()]
 
 
 @dataclass
@@ -294,6 +310,7 @@ def _scores(true: np.ndarray, found: Predictions, donors: np.ndarray | None) -> 
         scores["calibration_error"] = expected_calibration_error(found.probabilities[known], ids[known])
     if donors is not None:
         scores["donor_accuracy"] = _donor_accuracy(true, found, donors)
+        scores["test_donors"] = float(len(np.unique(donors)))
     return scores
 
 

@@ -44,7 +44,11 @@ def spread_out(model: torch.nn.Module) -> torch.nn.Module:
     """Scale a fresh model's small weights up, so that every part of it moves the output far beyond rounding."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "embeddings" in name or name.endswith("cls_token"):
+            if name.endswith("gene_weight.weight"):
+                parameter.uniform_(-0.2, 0.2)  # starts at zero
+            elif name.endswith(("gene_scale", "cell_scale")):
+                parameter.uniform_(0.05, 0.2)  # start at 0.1
+            elif "embeddings" in name or name.endswith("cls_token"):
                 parameter.mul_(30)
             elif parameter.ndim > 1 and "A_log" not in name and "dt_proj" not in name:
                 parameter.mul_(2)

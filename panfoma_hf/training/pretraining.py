@@ -1,6 +1,7 @@
 """Pretraining on a corpus by masked expression: a recipe over `transformers.Trainer`."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from datasets import Dataset
@@ -75,6 +77,9 @@ FREQUENCY_CELLS = 20_000
 # Of a start from gene factors: how far embeddings of genes exceed those of bins, and what layers at first add.
 GENES_OVER_BINS = 10.0
 LAYERS_OVER_INPUTS = 0.1
+# One dimension of embeddings holds the logarithms of weights, scaled by this share of a gene's root mean square: they
+# stay small beside the other dimensions, as all are normed together.
+WEIGHTS_OVER_GENES = 0.25
 
 
 def pretrain(
@@ -202,7 +207,7 @@ def pretrain(
     if last is None and not start.bin_priors.weight.any():  # of a fresh model, or of one that had another head
         _start_from_frequencies(start, frequencies)
         if gene_factors and is_fresh:
-            _start_from_factors(start, cells.sample)
+            _start_from_factors(start, cells.sample, frequencies)
     trainer = PretrainingTrainer(
         model=start,
         args=arguments,
@@ -323,25 +328,41 @@ def _start_from_frequencies(model: PanFoMaForMaskedExpression, frequencies: BinF
 
 
 @torch.no_grad()
-def _start_from_factors(model: PanFoMaForMaskedExpression, sample: Dataset) -> None:
+def _start_from_factors(model: PanFoMaForMaskedExpression, sample: Dataset, frequencies: BinFrequencies) -> None:
     """Begin where the cell embedding tells cells apart by the genes they express, so that training refines that.
 
     From random weights it tells them apart by their bins, which follow the depth of sequencing, and thousands of steps
-    do not change that (docs/log.md). So genes outweigh bins at first, and layers add little to what they read.
+    do not change that (docs/log.md). So genes have factors for embeddings, layers add little to what they read, and one
+    dimension holds by how much a gene counts in the cell embedding: its bin times the logarithm of its rarity.
     """
-    embeddings = model.get_input_embeddings()
+    size = model.config.initializer_range * GENES_OVER_BINS
+    embeddings, pooler = model.get_input_embeddings(), model.panfoma.pooler
+    genes, hidden = embeddings.weight.shape
     factors = torch.empty_like(embeddings.weight)
     if PartialState().is_main_process:
-        factors = torch.from_numpy(find_gene_factors(sample, *embeddings.weight.shape))
+        # The first dimension is left for the weights.
+        factors = F.pad(torch.from_numpy(find_gene_factors(sample, genes, hidden - 1)), (1, 0))
     # Found once, as a decomposition's last digits are each process's own.
     factors = broadcast(factors.to(PartialState().device)).to(embeddings.weight)
     known = factors.any(1)
     embeddings.weight.mul_(GENES_OVER_BINS)
-    embeddings.weight[known] = GENES_OVER_BINS * model.config.initializer_range * factors[known]
+    embeddings.weight[known] = size * factors[known]
+
+    rarity = -F.logsigmoid(torch.from_numpy(frequencies.presence_log_odds())).to(embeddings.weight)
+    embeddings.weight[:, 0] = WEIGHTS_OVER_GENES * size * rarity.log()
+    embeddings.weight[embeddings.padding_idx] = 0.0
+    bins = model.panfoma.embeddings.bin_embeddings.weight
+    num_bins = model.config.num_expression_bins
+    shares = torch.arange(num_bins + 1).clamp(min=0.5) / num_bins
+    bins[: num_bins + 1, 0] = WEIGHTS_OVER_GENES * size * shares.log().to(bins)
+    bins[model.config.mask_bin_id, 0] = WEIGHTS_OVER_GENES * size * math.log(0.5)
+    pooler.gene_weight.weight[0, 0] = 1 / WEIGHTS_OVER_GENES
     for module in model.panfoma.modules():
         branches = {PanFoMaAttention: "out_proj", PanFoMaEncoderLayer: "mlp_down_proj", PanFoMaMambaMixer: "out_proj"}
         if type(module) in branches:
             getattr(module, branches[type(module)]).weight.mul_(LAYERS_OVER_INPUTS)
+    pooler.gene_scale.mul_(LAYERS_OVER_INPUTS)
+    pooler.cell_scale.mul_(LAYERS_OVER_INPUTS)
 
 
 def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> Path | None:

@@ -48,11 +48,21 @@ class NaivePanFoMa:
         decoded = [self.rms_norm("final_norm", state) for state in decoded]
         hidden_states[-1] = self.unsorted(decoded, order)
         return {
-            "pooler_output": sum(decoded) / len(decoded) + cell,
+            "pooler_output": self.pooler(genes, embedded, hidden_states[-1], cell),
             "last_hidden_state": torch.stack(hidden_states[-1]),
             "gene_scores": torch.tensor(scores, dtype=torch.float64),
             "hidden_states": [torch.stack(states) for states in hidden_states],
         }
+
+    def pooler(self, genes, embedded, states, cell):
+        """Weighted mean of genes' normed ids and scaled final states, plus the scaled global cell state."""
+        shares = [math.exp(self.linear("pooler.gene_weight", self.rms_norm("pooler.norm", x))) for x in embedded]
+        pooled = 0
+        for share, gene, state in zip(shares, genes, states, strict=True):
+            id_embedding = self.weights["embeddings.gene_embeddings.weight"][gene]
+            value = self.rms_norm("pooler.norm", id_embedding) + self.weights["pooler.gene_scale"] * state
+            pooled = pooled + share / sum(shares) * value
+        return pooled + self.weights["pooler.cell_scale"] * cell
 
     @staticmethod
     def unsorted(decoded, order):

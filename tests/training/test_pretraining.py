@@ -195,14 +195,15 @@ def test_a_fresh_models_genes_start_from_factors_of_which_cells_express_them(cor
     without = run(corpus, tmp_path / "without", tokenizer, **start, gene_factors=False).model
     genes, plain = (model.get_input_embeddings().weight.detach() for model in (with_factors, without))
     cells = corpus.dataset().select(np.flatnonzero(purposes(corpus) == TRAIN))
-    factors = torch.from_numpy(gene_factors(cells, *genes.shape))
+    factors = torch.from_numpy(gene_factors(cells, genes.shape[0], genes.shape[1] - 1))
     known = factors.any(1)
     assert NUM_GENES * 0.9 < known.sum() <= NUM_GENES
     size = 10 * with_factors.config.initializer_range
-    torch.testing.assert_close(genes[known], size * factors[known])
+    torch.testing.assert_close(genes[known, 1:], size * factors[known])
     # A gene that no cell has keeps its random direction, and has the length of the others.
-    torch.testing.assert_close(genes[~known], 10 * plain[~known])
-    assert genes[~known].std() == pytest.approx(size, rel=0.1)
+    torch.testing.assert_close(genes[~known, 1:], 10 * plain[~known, 1:])
+    assert genes[~known, 1:].std() == pytest.approx(size, rel=0.1)
+    assert not genes[tokenizer.pad_token_id].any()
     weights, others = with_factors.state_dict(), without.state_dict()
     small = {
         name
@@ -210,8 +211,30 @@ def test_a_fresh_models_genes_start_from_factors_of_which_cells_express_them(cor
         if name.startswith("panfoma") and name.endswith(("out_proj.weight", "mlp_down_proj.weight"))
     }
     assert len(small) == 2 * with_factors.config.num_encoder_layers + with_factors.config.num_decoder_layers
-    for name in weights.keys() - {"panfoma.embeddings.gene_embeddings.weight"}:
+    pooler = {f"panfoma.pooler.{name}" for name in ("gene_scale", "cell_scale", "gene_weight.weight")}
+    embeddings = {f"panfoma.embeddings.{name}_embeddings.weight" for name in ("gene", "bin")}
+    for name in weights.keys() - embeddings - pooler:
         torch.testing.assert_close(weights[name], others[name] * (0.1 if name in small else 1), msg=name)
+
+
+def test_at_the_start_genes_weigh_in_the_cell_embedding_by_bin_and_rarity(corpus, tokenizer, tmp_path):
+    model = run(corpus, tmp_path / "run", tokenizer, max_steps=1, learning_rate=0.0).model.panfoma.eval()
+    cells = rows_of(corpus, np.flatnonzero(purposes(corpus) == TRAIN))
+    expressed = np.bincount(np.concatenate([cell["input_ids"] for cell in cells]), minlength=len(tokenizer))
+    cell = next(iter(rows_of(corpus, [0])))
+    genes, bins = np.array(cell["input_ids"]), np.array(cell["expression_bins"])
+    weights = bins * -np.log((expressed[genes] + 0.5) / (len(cells) + 1))
+    with torch.no_grad():
+        inputs, static = model.embeddings(torch.tensor(genes)[None], torch.tensor(bins)[None])
+        found = model.pooler.gene_weight(model.pooler.norm(inputs))[0, :, 0].softmax(0).numpy()
+    # Norming all dimensions together bends the logarithms a little.
+    assert np.corrcoef(np.log(found), np.log(weights))[0, 1] > 0.95
+    # What the layers made of the genes hardly counts yet.
+    batch = {"input_ids": torch.tensor(genes)[None], "expression_bins": torch.tensor(bins)[None]}
+    with torch.no_grad():
+        pooled = model(**batch).pooler_output[0]
+        alone = torch.from_numpy(found) @ model.pooler.norm(static)[0]
+    assert (pooled - alone).norm() < 0.1 * alone.norm()
 
 
 def test_weights_that_were_trained_before_are_not_started_again(easy, corpus, tokenizer, tmp_path, monkeypatch):

@@ -50,8 +50,18 @@ print(json.dumps({"module": type(model).__module__, "output": output.tolist()}))
 """
 
 
-@pytest.mark.parametrize(("head", "auto", "key"), HEADS)
-@pytest.mark.parametrize("trust", ["no", "yes"], ids=["with_the_package", "remote_code_alone"])
+# Each of the heads in a process of its own takes ten seconds.
+FRESH = [
+    pytest.param(*head.values, trust, id=f"{how}-{head.id}", marks=[] if is_quick else pytest.mark.slow)
+    for head in HEADS
+    for trust, how, is_quick in (
+        ("no", "with_the_package", head.id in ("model", "pretraining")),
+        ("yes", "remote_code_alone", head.id == "cell_classification"),
+    )
+]
+
+
+@pytest.mark.parametrize(("head", "auto", "key", "trust"), FRESH)
 def test_a_saved_model_gives_the_same_output_in_a_fresh_process(head, auto, key, trust, tmp_path):
     model = spread_out(head(tiny_config()))
     model.save_pretrained(tmp_path / "checkpoint")

@@ -20,6 +20,7 @@ def run_script(name, *arguments):
     return result.stdout
 
 
+@pytest.mark.slow  # `make demo` shows the same
 def test_the_demo_writes_what_it_promises(tmp_path):
     printed = run_script("demo.py", "--output", tmp_path, "--epochs", 1, "--cells", 200)
     assert "A fresh process gave 40 of 40 held-out cells the same name." in printed
@@ -85,6 +86,7 @@ def test_the_report_of_gene_names_explains_what_is_not_covered(adata, tmp_path):
     assert "clone name (9 names: AC020656." in written
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_and_writes_its_tables(tmp_path):
     lengths = [
         argument

@@ -53,7 +53,8 @@ def pretraining_flops(config: PanFoMaConfig, num_cells: int, seq: int) -> float:
     # From the cell embedding: its share of the predicted bins, and which genes of the vocabulary are expressed.
     cell_heads = num_cells * (4 * hidden**2 + 2 * hidden * config.vocab_size)
     heads = tokens * (2 * head + 2 * hidden**2) + cell_heads
-    return 3.0 * (config.num_encoder_layers * encoder + config.num_decoder_layers * decoder + heads)
+    pooler = tokens * 2 * hidden  # the weights of genes
+    return 3.0 * (config.num_encoder_layers * encoder + config.num_decoder_layers * decoder + pooler + heads)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -33,9 +33,9 @@ def device_of(body: str) -> torch.device:
     return torch.device("cuda" if CUDA and body in ("triton", "mamba_ssm") else "cpu")
 
 
-def bodies(*names):
-    """Parameters for bodies; those that cannot run here are skipped."""
-    marks = {"mamba_ssm": needs_cuda}
+def bodies(*names, slow=()):
+    """Parameters for bodies; those that cannot run here are skipped, those that take long left to `make test-all`."""
+    marks = {"mamba_ssm": needs_cuda, **dict.fromkeys(slow, pytest.mark.slow)}
     return pytest.mark.parametrize("body", [pytest.param(name, marks=marks.get(name, ()), id=name) for name in names])
 
 
@@ -344,7 +344,7 @@ def test_a_body_of_the_convolution_is_the_reference(body, seq, dtype, reverse, r
     check_conv(body, seq, dtype, reverse, ragged)
 
 
-@bodies("numba", "triton")
+@bodies("numba", "triton", slow=["triton"])
 @directions
 @pytest.mark.parametrize(("bias", "activation", "width"), [(False, None, 1), (True, None, 3), (False, "silu", 7)])
 def test_any_convolution_fits(body, reverse, bias, activation, width):
@@ -477,7 +477,7 @@ def test_neither_the_default_dtype_nor_autocast_narrows_the_scan(body):
             torch.set_default_dtype(torch.float32)
 
 
-@bodies("numba", "triton")
+@bodies("numba", "triton", slow=["triton"])
 @directions
 def test_tensors_may_lie_anyhow_in_memory(body, reverse):
     """Channels as neighbours (a transpose of (batch, seq, channels)) or apart, parts of wider tensors, expansions."""

@@ -84,12 +84,12 @@ def easy(_corpus_once, tokenizer, tmp_path_factory):
         _corpus_once,
         folder,
         tokenizer,
-        max_steps=90,
+        max_steps=150,
         learning_rate=1e-2,
         eval_strategy="steps",
-        eval_steps=30,
+        eval_steps=50,
         save_strategy="steps",
-        save_steps=45,
+        save_steps=75,
         probes={"counting": counting, "judged": LinearProbe.of_study(_corpus_once, "judged")},
     )
     return trainer, folder, counting

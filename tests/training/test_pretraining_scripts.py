@@ -30,6 +30,7 @@ def judged(_corpus_once, tokenizer, tmp_path_factory):
     return run(_corpus_once, folder, tokenizer, eval_strategy="steps", eval_steps=2, probes=probes), folder
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_judged_beside_random_weights_and_components(judged, tmp_path):
     _, folder = judged
     report = tmp_path / "report.md"
@@ -64,6 +65,7 @@ def test_the_curve_has_a_panel_for_probes_where_there_were_any(judged, tmp_path)
     assert widths[0] == pytest.approx(1.5 * widths[1], abs=2)
 
 
+@pytest.mark.slow
 def test_the_input_pipeline_and_training_steps_are_measured(corpus, tmp_path):
     report = tmp_path / "report.md"
     report.write_text(MARKERS.format("speed"))

@@ -267,7 +267,7 @@ def integration_section(results: dict) -> str:
         rows = []
         for method in EMBEDDERS:
             record = results.get((name, method, 1.0))
-            if record is not None:
+            if task.kind == INTEGRATION and record is not None:  # a fine-tune also names cells, in other tasks
                 scores = record["scores"]
                 rows.append(
                     (NAMES[method].removesuffix(" + kNN"),)

@@ -111,7 +111,7 @@ def rows_of(corpus, rows) -> list[dict]:
 
 def test_the_result_loads_with_plain_auto_classes(easy, corpus):
     trainer, folder, _ = easy
-    assert {"model", "run.json", "trainer_state.json", "checkpoint-45", "checkpoint-90"} == {
+    assert {"model", "run.json", "trainer_state.json", "checkpoint-75", "checkpoint-150"} == {
         path.name for path in folder.iterdir()
     }
     model, report = AutoModelForPreTraining.from_pretrained(folder / "model", output_loading_info=True)
@@ -132,15 +132,15 @@ def test_the_result_loads_with_plain_auto_classes(easy, corpus):
 
 def test_its_checkpoints_are_whole_and_load_too(easy):
     trainer, folder, _ = easy
-    assert [path.name for path in checkpoints_of(folder)] == ["checkpoint-90", "checkpoint-45"]
+    assert [path.name for path in checkpoints_of(folder)] == ["checkpoint-150", "checkpoint-75"]
     assert [problem_of(path) for path in checkpoints_of(folder)] == [None, None]
-    _, report = AutoModelForPreTraining.from_pretrained(folder / "checkpoint-45", output_loading_info=True)
+    _, report = AutoModelForPreTraining.from_pretrained(folder / "checkpoint-75", output_loading_info=True)
     assert not report["missing_keys"]
-    last, result = (load_file(folder / name / "model.safetensors") for name in ("checkpoint-90", "model"))
+    last, result = (load_file(folder / name / "model.safetensors") for name in ("checkpoint-150", "model"))
     assert last.keys() == result.keys()
     assert all(torch.equal(last[name], result[name]) for name in last)
     state = json.loads((folder / "trainer_state.json").read_text())
-    assert state["global_step"] == 90
+    assert state["global_step"] == 150
     assert state["log_history"] == json.loads(json.dumps(trainer.state.log_history))
 
 
@@ -489,7 +489,7 @@ def test_probes_are_asked_once_after_each_evaluation(easy):
     trainer, _, counting = easy
     history = trainer.state.log_history
     asked = [line for line in history if "eval_counting_asked" in line]
-    assert [(line["step"], line["eval_counting_asked"]) for line in asked] == [(30, 1.0), (60, 2.0), (90, 3.0)]
+    assert [(line["step"], line["eval_counting_asked"]) for line in asked] == [(50, 1.0), (100, 2.0), (150, 3.0)]
     assert all(model is trainer.model.base_model for model in counting.models)
     scores = [line["eval_judged_accuracy"] for line in history if "eval_judged_accuracy" in line]
     assert len(scores) == 3

@@ -1,4 +1,4 @@
-"""Which genes cells express together: factors of genes that a model can start from."""
+"""How genes go together in cells: factors of genes that a model can start from."""
 
 from collections.abc import Iterable
 

@@ -14,8 +14,6 @@ LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
 NEVER = 2.0
 # Shares of the cells, the surest ones, that the search for a threshold starts from. See `unassigned_threshold`.
 _STARTS = (0.1, 0.5, 1.0)
-# Of the mean variance, added to each: keeps a direction in which training embeddings do not vary from being infinite.
-_RIDGE = 1e-6
 
 
 def fit_temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
@@ -260,10 +258,10 @@ def energy(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return -temperature * logsumexp(_finite("logits", logits) / temperature, axis=1)
 
 
-def _finite(name: str, values: np.ndarray, may_be_empty: bool = False) -> np.ndarray:
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
     """Values as float64, two-dimensional and finite."""
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or not values.shape[1] or not (len(values) or may_be_empty):
+    if values.ndim != 2 or not values.shape[1] or not len(values):
         raise ValueError(f"`{name}` are a row for each of at least one cell, got shape {values.shape}. Stack them.")
     if not np.isfinite(values).all():
         where = int((~np.isfinite(values)).any(axis=1).sum())
@@ -271,10 +269,10 @@ def _finite(name: str, values: np.ndarray, may_be_empty: bool = False) -> np.nda
     return values
 
 
-def _ids(labels: Sequence[int], rows: np.ndarray, num_labels: int | None = None) -> np.ndarray:
-    """(cells,) ids of labels, checked against the rows, which have a column for each label unless a number is given."""
+def _ids(labels: Sequence[int], rows: np.ndarray) -> np.ndarray:
+    """(cells,) ids of labels, checked against the rows, which have a column for each label."""
     labels = np.asarray(labels)
-    num_labels = rows.shape[1] if num_labels is None else num_labels
+    num_labels = rows.shape[1]
     if labels.shape != rows.shape[:1]:
         raise ValueError(f"Each of the {len(rows):,} cells has a label, got shape {labels.shape}. Pass one for each.")
     if not np.issubdtype(labels.dtype, np.integer):

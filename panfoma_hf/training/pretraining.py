@@ -125,7 +125,7 @@ def pretrain(
         While pretraining: a run that sees each cell a few times has little to gain from it. The configuration keeps its
         own rate, for fine-tuning.
     gene_factors
-        Whether a fresh model's gene embeddings start from which genes the corpus's cells express together; see
+        Whether a fresh model's gene embeddings start from how genes go together in the corpus's cells; see
         `data.gene_factors`.
     tokens_per_batch
         Most genes of a batch of one process, padding included; None takes ``per_device_train_batch_size`` cells of like

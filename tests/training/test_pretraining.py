@@ -189,7 +189,7 @@ def test_a_fresh_model_starts_from_how_often_each_gene_is_expressed_and_has_each
     np.testing.assert_allclose(trainer.model.presence_priors.weight[:, 0].detach(), expected, rtol=1e-5)
 
 
-def test_a_fresh_models_genes_start_from_factors_of_which_cells_express_them(corpus, tokenizer, tmp_path):
+def test_a_fresh_models_genes_start_from_factors_of_their_bins(corpus, tokenizer, tmp_path):
     start = {"max_steps": 1, "learning_rate": 0.0}
     with_factors = run(corpus, tmp_path / "with", tokenizer, **start).model
     without = run(corpus, tmp_path / "without", tokenizer, **start, gene_factors=False).model

@@ -26,7 +26,6 @@ from panfoma_hf.evaluation.tasks import ANNOTATION, INTEGRATION, SEEDS, evaluate
 from panfoma_hf.plotting import save_budget_curves, save_calibration_curve, save_confusion_matrix, save_umap
 
 
-PRETRAINED_GENES = 512
 QUICK = [
     "majority",
     "hvg_logistic_regression",
@@ -37,6 +36,7 @@ QUICK = [
     "obsm:X_panfoma",
     "obsm:X_panfoma:logistic_regression",
     "panfoma:network",
+    "panfoma:bins",
     "random:probe",
     "panfoma:probe",
 ]
@@ -44,7 +44,7 @@ QUICK = [
 TRAINED = ["panfoma:lora", "panfoma:full", "random:full"]
 TRAINED_ON = ["pbmc_facs_fasttopics", "pdac_card", "nsclc_dc_rogue"]
 BUDGETS = (0.1, 0.25, 0.5)
-BUDGET_METHODS = ["hvg_logistic_regression", "pca_logistic_regression", "panfoma:probe"]
+BUDGET_METHODS = ["hvg_logistic_regression", "pca_logistic_regression", "panfoma:bins", "panfoma:probe"]
 BUDGET_TASKS = ["baron_pancreas", "pbmc_facs_fasttopics", "pdac_card", "kang8k_muscat"]
 EMBEDDERS = [
     "pca",
@@ -65,6 +65,7 @@ NAMES = {
     "obsm:X_panfoma": "PanFoMa `small` as it is + kNN",
     "obsm:X_panfoma:logistic_regression": "PanFoMa `small` as it is + logistic regression",
     "panfoma:network": "PanFoMa fine-tuned, probe, without the bins' regression",
+    "panfoma:bins": "PanFoMa's bins, regression without the network",
     "random:probe": "PanFoMa with random weights, probe",
     "panfoma:probe": "PanFoMa fine-tuned, probe",
     "panfoma:lora": "PanFoMa fine-tuned, LoRA",
@@ -152,10 +153,10 @@ def is_of_checkpoint(method: str) -> bool:
 
 
 def cached_embeddings(file: Path, key: str, cells: ad.AnnData) -> np.ndarray:
-    """Embeddings by a model that is not trained, of as many genes as it was pretrained on, kept in a file."""
+    """Embeddings of whole cells by a model that is not trained, kept in a file."""
     if not file.exists():
         model = AutoModel.from_pretrained(checkpoint())
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint(), model_max_length=PRETRAINED_GENES)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint())
         if key == "X_random":
             torch.manual_seed(0)
             model = type(model)(model.config)

@@ -205,10 +205,11 @@ def test_names_stand_for_embedders_that_are_trained(name, made_by, arguments, op
     assert embedder_of(name) == (None, (made_by, arguments, options))
 
 
-def test_a_network_by_itself_is_a_probe_without_the_genes_logits(monkeypatch):
+def test_a_network_and_the_bins_by_themselves_are_probes_without_the_other(monkeypatch):
     monkeypatch.setattr(methods, "finetuned", lambda *got, **more: (got, more))
     assert classifier_of("panfoma:network") == (("probe", None), {"gene_logits": False})
     assert classifier_of("panfoma:network:here") == (("probe", "here"), {"gene_logits": False})
+    assert classifier_of("panfoma:bins") == (("probe", None), {"gene_logits": "alone"})
     assert classifier_of("random:network") == (("probe", "small"), {"gene_logits": False})
 
 
@@ -219,7 +220,7 @@ def test_a_checkpoint_embeds_as_it_is(cells, folder):
 
 
 def test_what_is_no_method_is_refused(task):
-    for name in ("svm", "panfoma", "panfoma:svm", "random:full:elsewhere", "obsm:", "checkpoint:"):
+    for name in ("svm", "panfoma", "panfoma:svm", "random:bins", "random:full:elsewhere", "obsm:", "checkpoint:"):
         with pytest.raises(ValueError, match=f"A method is one of majority, .*, got '{name}'"):
             run_task(task, name)
     with pytest.raises(ValueError, match="'knn' or 'logistic_regression', got 'svm'"):

@@ -201,7 +201,7 @@ def classifier_of(name: str | Callable) -> Classifier:
     name
         A key of `baselines.CLASSIFIERS`; "panfoma:full", "panfoma:lora" or "panfoma:probe" for `finetuned`, with
         ":CHECKPOINT" behind it from another one than that of the package; "panfoma:network", a probe of the network
-        alone, without logistic regression on the bins beside it; "panfoma:knn" or
+        alone, without logistic regression on the bins beside it, and "panfoma:bins", that alone; "panfoma:knn" or
         "panfoma:logistic_regression" for `pretrained`, likewise; "random:" in place of "panfoma:" for random weights;
         "checkpoint:FOLDER" for `trained_checkpoint`; "obsm:KEY" or "obsm:KEY:logistic_regression" for embeddings that
         the cells bring; a function is passed through.
@@ -226,11 +226,14 @@ def classifier_of(name: str | Callable) -> Classifier:
             return finetuned(method, "small" if kind == "random" else model or None)
         if method == "network":
             return finetuned("probe", "small" if kind == "random" else model or None, gene_logits=False)
+        if kind == "panfoma" and method == "bins":
+            return finetuned("probe", model or None, gene_logits="alone")
         if method in ("knn", "logistic_regression"):
             return pretrained("random" if kind == "random" else model or None, method)
     raise ValueError(
         f"A method is one of {', '.join(CLASSIFIERS)}, panfoma:full, panfoma:lora, panfoma:probe, "
-        "panfoma:network, panfoma:knn, panfoma:logistic_regression, the same of random, checkpoint:FOLDER or obsm:KEY, "
+        "panfoma:network, panfoma:knn, panfoma:logistic_regression, the same of random, panfoma:bins, "
+        "checkpoint:FOLDER or obsm:KEY, "
         f"got {name!r}. Use one of these, or pass a function."
     )
 

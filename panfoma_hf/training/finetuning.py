@@ -76,6 +76,8 @@ CLASS_WEIGHT_POWER = 0.5
 BASELINES = ("majority", "hvg_logistic_regression")
 # Points of the validation cells' energies that are kept.
 ENERGY_POINTS = 101
+# Of `gene_logits`: without the network's.
+ALONE = "alone"
 
 
 def finetune(
@@ -88,7 +90,7 @@ def finetune(
     validation: ad.AnnData | str | Path | float | None = 0.15,
     groups: str | None = "auto",
     gene_set: int | Sequence[str] | str | None = "auto",
-    gene_logits: bool = True,
+    gene_logits: bool | str = True,
     class_weights: bool = True,
     early_stopping: int | None = 3,
     max_error: float = 0.05,
@@ -136,7 +138,8 @@ def finetune(
         the set that the starting checkpoint has. "auto" finds 1,000 variable genes where the cells are counts and have
         more, and the starting checkpoint has no set.
     gene_logits
-        Whether logistic regression on the bins joins the network.
+        Whether logistic regression on the bins joins the network. "alone" leaves the network out, in mode "probe": what
+        it adds is the difference.
     class_weights
         Whether rare classes weigh more in the loss, by the inverse square root of their number of cells.
     early_stopping
@@ -178,7 +181,7 @@ def finetune(
     """
     check_replaceable(output_dir)
     seeds = None if seeds is None else [int(seed) for seed in seeds]
-    _check_arguments(mode, validation, max_error, seeds)
+    _check_arguments(mode, gene_logits, validation, max_error, seeds)
     model = checkpoint() if model is None else model
     labels = [label] if isinstance(label, str) else list(label)
     seed = training_arguments.pop("seed", 42)
@@ -228,10 +231,15 @@ def finetune(
     return trainer
 
 
-def _check_arguments(mode: str, validation, max_error: float, seeds: list[int] | None) -> None:
+def _check_arguments(mode: str, gene_logits, validation, max_error: float, seeds: list[int] | None) -> None:
     """Whatever is wrong with the arguments is said before a file is read."""
     if mode not in MODES:
         raise ValueError(f"`mode` is one of {', '.join(MODES)}, got {mode!r}. Use one of these.")
+    if gene_logits not in (True, False, ALONE) or (gene_logits == ALONE and mode != "probe"):
+        raise ValueError(
+            f"`gene_logits` is True, False, or {ALONE!r} with mode 'probe', got {gene_logits!r} with mode {mode!r}. "
+            "Use one of these."
+        )
     if mode == "lora":
         _peft()
     if is_share(validation) and not 0 < validation < 1:
@@ -261,7 +269,7 @@ class _Run:
     mode: str
     class_weight_power: float
     early_stopping: int | None
-    gene_logits: bool
+    gene_logits: bool | str
     seed: int
     output_dir: str | Path
     training_arguments: dict
@@ -297,7 +305,7 @@ class _Run:
             classifier = _starting_model(self.start, study.names, study.tokenizer)
             check_tokenizer(study.tokenizer, classifier.config)
             classifier.to(arguments.device)
-            if self._is_pretrained or self.mode == "probe":
+            if (self._is_pretrained or self.mode == "probe") and self.gene_logits != ALONE:
                 self._solve_classifier(classifier)
             trained = _with_adapters(classifier) if self.mode == "lora" else classifier
             self.trainer = PanFoMaTrainer(
@@ -319,7 +327,7 @@ class _Run:
         if self.mode == "lora":
             classifier = classifier.merge_and_unload().requires_grad_(True)  # PEFT had frozen it
         self.trainer.model = self.trainer.model_wrapped = classifier
-        network = self._logits() if has_validation else None
+        network = self._logits() if has_validation and self.gene_logits != ALONE else None
         if self.gene_logits:
             self._add_gene_logits(classifier, network)
         if has_validation:
@@ -359,10 +367,10 @@ class _Run:
         max_genes = study.tokenizer.model_max_length
         told = None
         if study.validation_dataset is not None:
-            told = bins_matrix(study.validation_dataset, classifier, max_genes), study.validation_labels
+            told = bins_matrix(study.validation_dataset, classifier.config, max_genes), study.validation_labels
         train, labels = self._drawn(study.train_dataset, study.train_labels)
         genes = solve(
-            bins_matrix(train, classifier, max_genes),
+            bins_matrix(train, classifier.config, max_genes),
             labels,
             study.sizes,
             self.class_weights.numpy(),
@@ -371,8 +379,8 @@ class _Run:
             GENE_STRENGTH,
             self.seed,
         )
-        weights = np.full((len(study.sizes), 2), 0.5)
-        if told is not None:
+        weights = np.tile([0.0, 1.0] if self.gene_logits == ALONE else [0.5, 0.5], (len(study.sizes), 1))
+        if told is not None and self.gene_logits != ALONE:
             weights = pool(network, genes(told[0]), told[1], study.sizes)
         self.network_layer = copy.deepcopy(classifier.classifier.state_dict())  # for `refit`: what is added scales it
         add_gene_logits(classifier, genes, weights)
@@ -383,7 +391,7 @@ class _Run:
         """Solve what is solved on the validation cells, too; whether there was anything."""
         study, classifier = self.study, self.trainer.model
         settings = study.sizes, self.class_weights.numpy(), None, ()
-        if self.mode == "probe":
+        if self.embedded is not None:
             embeddings, labels = self.embedded
 
             def solver(features, _):
@@ -397,10 +405,10 @@ class _Run:
                 concatenate_datasets([study.train_dataset, study.validation_dataset]),
                 np.concatenate([study.train_labels, study.validation_labels]),
             )
-            bins = bins_matrix(cells, classifier, study.tokenizer.model_max_length)
+            bins = bins_matrix(cells, classifier.config, study.tokenizer.model_max_length)
             genes = solve(bins, labels, *settings, self.gene_head.strengths, self.seed)
             add_gene_logits(classifier, genes, self.weights)
-        return self.mode == "probe" or self.gene_logits
+        return self.mode == "probe" or bool(self.gene_logits)
 
     def _logits(self) -> np.ndarray:
         """(validation cells, labels), of the model as it is."""

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ..data import schema
-from ..modeling import PanFoMaForCellClassification
+from ..modeling import PanFoMaConfig, PanFoMaForCellClassification
 
 
 # Inverse strengths of L2 that are tried on validation cells, and the one that is taken without any. See docs/log.md.
@@ -164,14 +164,14 @@ def standardised(solver, train: np.ndarray, validation: np.ndarray | None) -> Li
     return LinearClassifier(weight, solved.bias - weight @ scaler.mean_, solved.strengths)
 
 
-def bins_matrix(dataset: Dataset, model: PanFoMaForCellClassification, max_genes: int) -> sp.csr_matrix:
+def bins_matrix(dataset: Dataset, config: PanFoMaConfig, max_genes: int) -> sp.csr_matrix:
     """(cells, vocab), bins as shares of the highest, of the genes that the model reads of each cell."""
     columns = dataset.select_columns([schema.INPUT_IDS, schema.EXPRESSION_BINS])[:]
     ids = [np.asarray(cell)[:max_genes] for cell in columns[schema.INPUT_IDS]]
     bins = [np.asarray(cell)[:max_genes] for cell in columns[schema.EXPRESSION_BINS]]
     indptr = np.concatenate([[0], np.cumsum([len(cell) for cell in ids])])
-    data = np.concatenate(bins).astype(np.float32) / model.config.num_expression_bins
-    return sp.csr_matrix((data, np.concatenate(ids), indptr), shape=(len(ids), model.config.vocab_size))
+    data = np.concatenate(bins).astype(np.float32) / config.num_expression_bins
+    return sp.csr_matrix((data, np.concatenate(ids), indptr), shape=(len(ids), config.vocab_size))
 
 
 def write_classifier(model: PanFoMaForCellClassification, classifier: LinearClassifier) -> None:

@@ -218,6 +218,23 @@ def test_genes_are_refitted_on_all_cells_but_never_on_cells_passed_to_validate(s
     assert shares.model.config.calibration == before.model.config.calibration
 
 
+@pytest.mark.parametrize("refit", [True, False])
+def test_bins_alone_leave_the_network_out(refit, start, adata, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "embed_dataset", None)  # so that no cell is embedded
+    options = {"mode": "probe", "validation": 0.25, "gene_logits": "alone", "refit": refit}
+    trainer = tune(adata, tmp_path / "x", start, **options)
+    assert trainer.report["refitted"] == refit
+    assert trainer.report["tasks"]["cell_type"]["share_of_gene_logits"] == 1.0
+    found = logits_of(trainer.model, adata, trainer.processing_class)
+    tokens, _ = tokenize(adata, trainer.processing_class)
+    bins = heads.bins_matrix(cell_dataset(tokens), trainer.model.config, 4096)
+    genes = trainer.model.gene_logits.weight.detach().numpy()
+    expected = bins @ genes + trainer.model.classifier.bias.detach().numpy()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+    assert np.ptp(expected, axis=0).min() > 0.1
+    assert (found.numpy().argmax(1) == adata.obs["cell_type"].cat.codes).mean() > 0.9
+
+
 def test_of_too_many_cells_no_more_than_a_regression_reads_are_embedded_or_laid_out(
     start, adata, tmp_path, monkeypatch
 ):
@@ -275,6 +292,8 @@ def test_without_peft_its_extra_is_named_before_any_work(start, adata, tmp_path,
     ("options", "message"),
     [
         ({"mode": "all"}, "`mode` is one of full, lora, probe, got 'all'"),
+        ({"gene_logits": "alone", "mode": "full"}, "'alone' with mode 'probe', got 'alone' with mode 'full'"),
+        ({"gene_logits": "no"}, "`gene_logits` is True, False, or 'alone'"),
         ({"validation": 1.5}, "`validation` as a share of the cells is between 0 and 1, got 1.5"),
         ({"validation": 0}, "`validation` as a share of the cells is between 0 and 1, got 0"),
         ({"max_error": 1.0}, "`max_error` is a share"),

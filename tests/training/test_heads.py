@@ -220,7 +220,7 @@ def test_combined_logits_are_the_weighted_sum_of_both(tasks):
     network = model(**batch).logits.detach().numpy()
     add_gene_logits(model, genes, weights)
     shares = np.repeat(weights / weights.sum(1, keepdims=True), sizes, axis=0)
-    expected = network * shares[:, 0] + genes(bins_matrix(dataset, model, 4096)) * shares[:, 1]
+    expected = network * shares[:, 0] + genes(bins_matrix(dataset, model.config, 4096)) * shares[:, 1]
     np.testing.assert_allclose(model(**batch).logits.detach().numpy(), expected, rtol=1e-5, atol=1e-5)
     assert model.config.use_gene_logits
     # Once more: what it had of such logits is replaced.
@@ -237,8 +237,8 @@ def test_bins_are_of_the_genes_that_the_model_reads():
         np.array([5, 7, 9], dtype=np.int32), np.array([50, 25, 10], dtype=np.uint8), np.array([0, 3, 3])
     )
     dataset = cell_dataset(tokens)
-    whole = bins_matrix(dataset, model, 10).toarray()
+    whole = bins_matrix(dataset, model.config, 10).toarray()
     assert whole.shape == (2, 120)
     np.testing.assert_allclose(whole[0, [5, 7, 9]], [1, 0.5, 0.2])
     assert not whole[1].any()
-    np.testing.assert_allclose(bins_matrix(dataset, model, 2).toarray()[0, [5, 7, 9]], [1, 0.5, 0])
+    np.testing.assert_allclose(bins_matrix(dataset, model.config, 2).toarray()[0, [5, 7, 9]], [1, 0.5, 0])

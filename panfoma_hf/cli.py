@@ -263,6 +263,45 @@ def export(
         typer.echo(export_checkpoint(name, out))
 
 
+@app.command("push")
+def push_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint, or of a PEFT adapter.")],
+    repo_id: Annotated[str, typer.Argument(help="Name on the Hub, such as lab/panfoma-pancreas.")],
+    private: Annotated[bool, typer.Option("--private", help="Hide a new one from others.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to publish to, made if it is not there.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print address and hash of the commit as JSON.")] = False,
+) -> None:
+    """Publish a checkpoint on the Hugging Face Hub, in one commit, and print its address.
+
+    Exit code 1 if it is not complete or holds a pickle, or the Hub does not take it; nothing is published then.
+    Example: panfoma push my-model lab/panfoma-pancreas --private
+    """
+    from .hub import HubError, push_to_hub
+
+    with _told(HubError):
+        commit = push_to_hub(folder, repo_id, private=private or None, revision=revision, message=message)
+    address = {"commit": commit.oid, "url": commit.commit_url}
+    typer.echo(json.dumps(address, indent=2) if as_json else commit.commit_url)
+
+
+@app.command("pull")
+def pull_checkpoint(
+    repo_id: Annotated[str, typer.Argument(help="Name on the Hub, such as lab/panfoma-pancreas.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or an older PanFoMa checkpoint.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or hash of a commit; the newest.")] = None,
+) -> None:
+    """Fetch a checkpoint from the Hugging Face Hub, whole or not at all, and print the folder that it is in.
+
+    Exit code 1 if it is not there, is none of PanFoMa or holds a pickle; the folder is as it was then.
+    Example: panfoma pull lab/panfoma-pancreas my-model --revision v1
+    """
+    from .hub import HubError, pull
+
+    with _told(HubError):
+        typer.echo(pull(repo_id, folder, revision=revision))
+
+
 @corpus.command()
 def build(
     sources: Annotated[Path, typer.Argument(help="Source list in YAML: studies, files, columns, labels.")],

@@ -26,15 +26,16 @@ ARROWS = {
     "plotting": set(),
     "data": {"tokenization", "version"},
     "shipped": set(),
+    "hub": {"modeling", "tokenization"},
     "evaluation": {"data", "modeling", "tokenization"},
     # Tasks and methods stand above what they judge; the rest of the folder is below it.
     "evaluation/methods": {"data", "inference", "modeling", "shipped", "tokenization", "training"},
     "evaluation/tasks": {"data", "inference", "modeling", "shipped", "tokenization", "training"},
     "evaluation/public_tasks": {"data", "inference", "modeling", "shipped", "tokenization", "training"},
     "inference": {"data", "evaluation", "modeling", "tokenization", "version"},
-    "training": {"data", "evaluation", "modeling", "shipped", "tokenization", "version"},
+    "training": {"data", "evaluation", "hub", "modeling", "shipped", "tokenization", "version"},
     "doctor": {"data", "tokenization"},
-    "cli": {"data", "doctor", "evaluation", "training"},
+    "cli": {"data", "doctor", "evaluation", "hub", "training"},
     "__main__": {"cli"},
     "__init__": {
         "data",

@@ -1,6 +1,6 @@
 """Fine-tuning and pretraining on `transformers.Trainer`."""
 
-from .checkpoints import CHECKPOINT_FILES, export_checkpoint, save_checkpoint
+from .checkpoints import export_checkpoint, save_checkpoint
 from .finetuning import finetune
 from .pretraining import pretrain
 from .pretraining_trainer import PretrainingTrainer
@@ -11,7 +11,6 @@ from .trainer import PanFoMaTrainer, WeightedCrossEntropy
 
 
 __all__ = [
-    "CHECKPOINT_FILES",
     "PanFoMaTrainer",
     "PretrainingError",
     "PretrainingTrainer",

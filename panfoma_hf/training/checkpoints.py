@@ -1,23 +1,14 @@
 """Checkpoints written whole or not at all."""
 
-import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
+from ..hub import CARD, written_whole
 from ..modeling import PanFoMaPreTrainedModel
 from ..shipped import checkpoint
 from ..tokenization import PanFoMaTokenizer
-
-
-# What `save_checkpoint` writes, and so may replace.
-CHECKPOINT_FILES = re.compile(
-    r".+\.safetensors|model\.safetensors\.index\.json|config\.json|tokenizer_config\.json|added_tokens\.json|genes\.tsv\.gz|"
-    r"(configuration|modeling|tokenization)_panfoma\.py|selective_scan\.py|(reference|numba|triton)_kernels\.py|expression\.py|"
-    r"gene_names\.py|value_scale\.py|token_kernels\.py|README\.md|finetuning\.json"
-)
 
 
 def save_checkpoint(
@@ -48,28 +39,16 @@ def save_checkpoint(
     FileExistsError
         If the folder holds something else.
     """
-    check_replaceable(folder)
-    folder = Path(folder).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
+    with written_whole(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         for name, text in (texts or {}).items():
             (new / name).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-    return folder
+    return Path(folder).resolve()
 
 
 def export_checkpoint(name: str, folder: str | Path) -> Path:
-    """Write a checkpoint that comes with the package, complete with the code that loads it without the package.
+    """Write a checkpoint that comes with the package, complete with its card and the code that loads it.
 
     Parameters
     ----------
@@ -84,24 +63,5 @@ def export_checkpoint(name: str, folder: str | Path) -> Path:
     """
     source = checkpoint(name)
     model = AutoModelForPreTraining.from_pretrained(source)
-    return save_checkpoint(folder, model, AutoTokenizer.from_pretrained(source))
-
-
-def check_replaceable(folder: str | Path) -> None:
-    """Raise FileExistsError unless a folder is missing, empty, or nothing but a saved PanFoMa model."""
-    folder = Path(folder).resolve()
-    if not folder.exists():
-        return
-    others = ["a file of that name"]
-    if folder.is_dir():
-        others = sorted(path.name for path in folder.iterdir() if not CHECKPOINT_FILES.fullmatch(path.name))
-        config = folder / "config.json"
-        if not config.exists():  # any folder may have a README.md
-            others += [name for name in ("README.md", "finetuning.json") if (folder / name).exists()]
-        elif not others and '"model_type": "panfoma"' not in config.read_text(encoding="utf-8"):
-            others = ["the config.json of another model"]
-    if others:
-        raise FileExistsError(
-            f"A checkpoint is saved to a new or empty folder, or over an older PanFoMa checkpoint, got {folder} with "
-            f"something else in it: {', '.join(others[:3])}. Choose another folder, or remove this one."
-        )
+    texts = {CARD: (source / CARD).read_text(encoding="utf-8")}
+    return save_checkpoint(folder, model, AutoTokenizer.from_pretrained(source), texts)

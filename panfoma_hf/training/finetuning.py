@@ -23,13 +23,14 @@ from ..data.collator import DataCollatorForCells
 from ..data.forward import forward_cells
 from ..evaluation.baselines import CLASSIFIERS
 from ..evaluation.calibration import energy, expected_calibration_error, fit_temperature, unassigned_threshold
-from ..evaluation.metrics import classification_metrics
+from ..evaluation.metrics import bootstrap_interval, classification_metrics
 from ..evaluation.probes import embed_dataset
+from ..hub import CARD, check_replaceable
 from ..modeling import PanFoMaConfig, PanFoMaForCellClassification
 from ..modeling.configuration_panfoma import SIZES
 from ..shipped import checkpoint
 from ..tokenization import check_tokenizer
-from .checkpoints import check_replaceable, save_checkpoint
+from .checkpoints import save_checkpoint
 from .heads import (
     EMBEDDING_STRENGTH,
     EMBEDDING_STRENGTHS,
@@ -44,7 +45,7 @@ from .heads import (
     standardised,
     write_classifier,
 )
-from .report import model_card, report_file, score_table
+from .report import finetuning_card, report_file, score_table
 from .study import Study, is_share, read_study
 from .trainer import KeepBest, PanFoMaTrainer
 
@@ -209,7 +210,11 @@ def finetune(
     report = study.report | {"mode": mode, "started_from": _name_of_model(model), "seed": best.seed}
     report["seeds"] = scores
     report["tasks"] = {
-        name: {**copy.deepcopy(best.scores.get(name, {})), "calibration": best.calibrate(name, max_error)}
+        name: {
+            **copy.deepcopy(best.scores.get(name, {})),
+            **best.intervals(name),
+            "calibration": best.calibrate(name, max_error),
+        }
         for name in study.names
     }
     if baselines and study.validation is not None:
@@ -224,7 +229,7 @@ def finetune(
     trainer.report = report
     if trainer.is_world_process_zero():
         logger.warning(score_table(report))
-        texts = {"README.md": model_card(report, classifier.config), "finetuning.json": report_file(report)}
+        texts = {CARD: finetuning_card(report, study.tokenizer), "finetuning.json": report_file(report)}
         save_checkpoint(output_dir, classifier, study.tokenizer, texts)
     trainer.accelerator.wait_for_everyone()
     classifier.name_or_path = str(output_dir)  # not where it started from
@@ -435,6 +440,14 @@ class _Run:
             if self.gene_logits:
                 self.scores[name]["share_of_gene_logits"] = round(self.gene_shares[task], 3)
 
+    def intervals(self, name: str) -> dict:
+        """95 % intervals of a task's scores, and the column of ``obs`` whose values were drawn for them, if any."""
+        if name not in self.logits:
+            return {}
+        true, groups, column = _validation_cells(self.study, name)
+        predicted = np.array(self.study.names[name], dtype=object)[self.logits[name].argmax(1)]
+        return {"intervals": {"panfoma": _intervals(true, predicted, groups)}, "intervals_over": column}
+
     def rank(self) -> tuple[float, float]:
         """Mean macro-F1 over the tasks, then the loss: the higher the better."""
         panfoma = [task["scores"]["panfoma"] for task in self.scores.values()]
@@ -510,8 +523,29 @@ def _add_baselines(report: dict, study: Study, layer: str | None, seed: int) -> 
             except Exception as error:
                 of_task.setdefault("not_scored", {})[baseline] = str(error) or type(error).__name__
                 continue
-            true = validation.obs[name].astype(str).to_numpy()
+            true, groups, _ = _validation_cells(study, name)
             of_task["scores"][baseline] = classification_metrics(true, predicted.labels)
+            of_task["intervals"][baseline] = _intervals(true, predicted.labels, groups)
+
+
+def _validation_cells(study: Study, name: str) -> tuple[np.ndarray, np.ndarray | None, str | None]:
+    """Labels of the validation cells that have a task's label, and their groups with the column that these are of.
+
+    Donors are drawn for an interval where cells were split by them and two are left, else cells.
+    """
+    rows = study.validation_labels[:, list(study.names).index(name)] >= 0
+    obs, column = study.validation.obs[rows], study.report["split"]["groups"]
+    true = obs[name].astype(str).to_numpy()
+    if column is None or obs[column].nunique() < 2:
+        return true, None, None
+    return true, obs[column].to_numpy(), column
+
+
+def _intervals(true: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None) -> dict[str, list[float]]:
+    """Bounds of each metric; none where a single cell was scored."""
+    if len(true) < 2:
+        return {}
+    return {name: list(bootstrap_interval(true, predicted, groups, name)) for name in ("accuracy", "macro_f1")}
 
 
 def _cells_at(cells: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
@@ -544,7 +578,10 @@ def _name_of_model(model) -> str:
         return "random weights"
     if str(model) in SIZES:
         return f"random weights of size {model}"
-    return "panfoma-small, which comes with the package" if str(model) == str(checkpoint()) else str(model)
+    if str(model) == str(checkpoint()):
+        return "panfoma-small, which comes with the package"
+    # A folder by its own name alone: where it lies is nobody's business, and this is published.
+    return Path(model).resolve().name if Path(model).exists() else str(model)
 
 
 def _starting_model(model, names: dict[str, list[str]], tokenizer) -> PanFoMaForCellClassification:

@@ -1,11 +1,10 @@
 """What a fine-tune says of itself: a table in the terminal, a file of figures, and the card of its checkpoint."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-from ..modeling import PanFoMaConfig
+from ..hub import HUB_NAME, Facts, Score, model_card
+from ..tokenization import PanFoMaTokenizer
 from ..version import __version__
 
 
@@ -67,52 +66,74 @@ def report_file(report: dict) -> str:
     return json.dumps(report | {"panfoma_hf_version": __version__}, indent=2) + "\n"
 
 
-def model_card(report: dict, config: PanFoMaConfig) -> str:
-    """The card of a fine-tuned checkpoint, with the scores of the model and of simple methods as card data.
-
-    Scores follow `huggingface_hub.EvalResult`; those of a simple method name it in the metric.
-    """
-    results = [
-        EvalResult(
-            task_type="text-classification",  # the Hub's own list has no task for cells
-            task_name=name,
-            dataset_type="validation cells",
-            dataset_name=f"{task['validation_cells']:,} validation cells{_held_out(report)}",
-            metric_type="f1" if metric == "macro_f1" else metric,
-            metric_name=f"{METRICS[metric]}, {NAMES.get(method, method)}",
-            metric_value=round(scores[metric], 4),
-            metric_config="macro" if metric == "macro_f1" else None,
-        )
-        for name, task in report["tasks"].items()
-        for method, scores in _ordered(task.get("scores", {}))
-        for metric in METRICS
-    ]
-    title = "PanFoMa fine-tuned on " + ", ".join(report["tasks"])
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
-        tags=["biology", "genomics", "single-cell", "panfoma", "mamba"],
-        model_name=title if results else None,
-        eval_results=results or None,
+def finetuning_card(report: dict, tokenizer: PanFoMaTokenizer) -> str:
+    """The card of a fine-tuned checkpoint: what it learned, with the scores of the model and of simple methods."""
+    facts = Facts(
+        title="PanFoMa fine-tuned on " + ", ".join(report["tasks"]),
+        summary=f"Names the {_and(report['tasks'])} of human cells by their expressed genes. Every figure of its "
+        "fine-tuning is in `finetuning.json`.",
+        data=_data(report),
+        labels=report["train_counts"],
+        scores=_scores(report),
+        notes=_notes(report),
+        base_model=report["started_from"] if HUB_NAME.fullmatch(report["started_from"]) else None,
     )
-    body = [
-        f"# {title}",
-        "",
-        f"Started from {report['started_from']}; {report['mode']} fine-tuning, seed {report['seed']}.",
-        "",
-    ]
-    body += ["```", score_table(report), "```", ""]
+    return model_card(facts, tokenizer, is_classifier=True)
+
+
+def _data(report: dict) -> dict[str, str]:
+    """What it learned from, how that was split, and how it learned."""
     split = report["split"]
-    if report["refitted"]:
-        body += ["Scores and threshold are of the model before it learned from the validation cells, too.", ""]
+    by = f"`{split['groups']}`" if split["groups"] else "cell"
+    data = {
+        "started from": report["started_from"],
+        "cells": report["cells"],
+        "training cells": f"{report['train_cells']:,}",
+        "validation cells": f"{report['validation_cells']:,}",
+        "split": f"by {by}" if report["validation_cells"] else "none",
+        "how": f"{report['mode']} fine-tuning, seed {report['seed']}, panfoma-hf {__version__}",
+    }
     if split["groups"]:
-        body += [f"Validation cells are those of `{split['groups']}` {', '.join(split['held_out'])}.", ""]
-    body += [f"- {message}" for message in split["leakage"]]
-    body += [f"- {name}: {warning}" for name, task in report["tasks"].items() for warning in task["warnings"]]
-    body += ["", "Labels and their training cells:", ""]
-    body += [
-        f"- {name}: " + ", ".join(f"{label} ({count:,})" for label, count in counts.items())
-        for name, counts in report["train_counts"].items()
-    ]
-    body += ["", "Every figure is in `finetuning.json`. Not for clinical use.", ""]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body)))
+        data[f"{by} in training"] = f"{report['train_groups']:,}"
+        data[f"{by} in validation"] = f"{len(split['held_out']):,}"
+    elif split["held_out"]:
+        data["split"] = f"validation cells of their own: {', '.join(split['held_out'])}"
+    return data
+
+
+def _scores(report: dict) -> list[Score]:
+    found = []
+    for name, task in report["tasks"].items():
+        cells = f"{task.get('validation_cells', 0):,} validation cells{_held_out(report)}"
+        for method, scores in _ordered(task.get("scores", {})):
+            for metric in METRICS:
+                bounds = task["intervals"].get(method, {}).get(metric, (None, None))
+                found.append(Score(name, cells, NAMES.get(method, method), metric, scores[metric], *bounds))
+    return found
+
+
+def _notes(report: dict) -> list[str]:
+    """What must be said of the scores: where they are missing, what they are of, where they flatter, and thresholds."""
+    split, notes = report["split"], []
+    for name, task in report["tasks"].items():
+        if "scores" not in task:
+            notes.append(f"{name}: not scored, as there are no validation cells.")
+            continue
+        notes += [f"{name}: {warning}" for warning in task["warnings"]]
+        for method, reason in task.get("not_scored", {}).items():
+            notes.append(f"{name}, {NAMES.get(method, method)}: not scored. {reason}")
+        if task["intervals"]:
+            drawn = f"`{task['intervals_over']}`" if task["intervals_over"] else "cells"
+            notes.append(f"{name}: intervals are of {drawn} drawn anew, with the same model.")
+        if task["calibration"]:
+            notes.append(f"{name}: {_threshold_sentence(task['calibration'])}")
+    if split["groups"]:
+        notes.append(f"Validation cells are those of `{split['groups']}` {', '.join(split['held_out'])}.")
+    if report["refitted"]:
+        notes.append("Scores and threshold are of the model before it learned from the validation cells, too.")
+    return notes + split["leakage"]
+
+
+def _and(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -99,7 +100,7 @@ def read_study(cells, labels, validation, groups, model, gene_set, seed, *, laye
             validation_name = name_of(validation)
         validation = read_cells(validation)
         validation_known = _all_labels(validation, labels)
-        split["held_out"] = [validation_name]
+        split["held_out"] = [Path(validation_name).name]
     names = {label: sorted(set(_known(of_label))) for label, of_label in known.items()}
     for label, of_label in names.items():
         if len(of_label) < 2:
@@ -126,6 +127,8 @@ def read_study(cells, labels, validation, groups, model, gene_set, seed, *, laye
             validation, validation_ids, tokenizer, layer=layer, name=validation_name, **reading
         )
     report = {
+        # By its name: the report is published with the checkpoint, and folders are nobody's business.
+        "cells": Path(name).name,
         "labels": {label: len(of_label) for label, of_label in names.items()},
         "train_cells": cells.n_obs,
         "validation_cells": 0 if validation is None else validation.n_obs,
@@ -133,6 +136,7 @@ def read_study(cells, labels, validation, groups, model, gene_set, seed, *, laye
             label: dict(zip(of_label, np.bincount(ids[ids >= 0], minlength=len(of_label)).tolist(), strict=True))
             for (label, of_label), ids in zip(names.items(), train_ids.T, strict=True)
         },
+        "train_groups": cells.obs[split["groups"]].nunique() if split["groups"] else None,
         "split": split,
         "gene_set_size": len(tokenizer.gene_set or []),
     }

@@ -496,7 +496,7 @@ def test_validation_cells_of_the_same_donors_and_the_same_cells_are_said(start, 
     assert "10 of 28 test cells have the name of a training cell" in text
     assert "10 of 28 test cells have exactly the expression" in text
     assert text in caplog.text
-    assert report["split"]["held_out"] == [str(tmp_path / "validation.h5ad")]
+    assert report["split"]["held_out"] == ["validation.h5ad"]
     assert report["split"]["leakage"][0] in (tmp_path / "x" / "README.md").read_text()
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -53,6 +53,140 @@ def check(
     )
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     raise typer.Exit(0 if report.is_ready else 1)
+
+
+# Arguments and options that `annotate` and `embed` share.
+Cells = Annotated[Path, typer.Argument(help="Cells, of any format that `panfoma check` reads.")]
+Out = Annotated[Path, typer.Option("--out", help="The .h5ad or .zarr to write: a copy of the cells with the results.")]
+Layer = Annotated[str | None, typer.Option(help="The matrix to read: a layer's name, X or raw.")]
+GeneColumn = Annotated[str | None, typer.Option(help="The column of var with gene names.")]
+MinCoverage = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of the counts that must fall on known genes.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="What a batch may take, such as 4GB; 1GiB on a CPU, half of what is free on a GPU.")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells of a batch, in place of --memory.")]
+Dtype = Annotated[str, typer.Option(help="float32, or bfloat16: faster on a GPU, right to two or three digits.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; a GPU where there is one.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the model on a CPU.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older output when the new one is whole.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew instead of going on with a run that was cut off.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as JSON, and draw no progress bar.")]
+
+
+@app.command()
+def annotate(
+    cells: Cells,
+    model: Annotated[str, typer.Argument(help="A fine-tuned checkpoint: a folder, or a name on the Hub.")],
+    out: Out,
+    embedding_key: Annotated[str | None, typer.Option(help="Key of obsm to write embeddings to, too.")] = None,
+    min_score: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Cells of a lower score are Unassigned; the checkpoint's own.")
+    ] = None,
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    min_coverage: MinCoverage = None,
+    memory: Memory = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    restart: Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Name each cell of a file, of any size, by a fine-tuned checkpoint.
+
+    Exit code 1 if something is wrong with the cells, the checkpoint or an option; 130 if it was stopped: the same
+    command then goes on where it was. On several GPUs: accelerate launch -m panfoma_hf annotate ...
+    Example: panfoma annotate cells.h5ad my-checkpoint --out annotated.h5ad
+    """
+    from .inference import annotate
+
+    _to_file(
+        annotate,
+        cells,
+        model,
+        out,
+        as_json,
+        embedding_key=embedding_key,
+        min_score=min_score,
+        layer=layer,
+        gene_column=gene_column,
+        min_coverage=min_coverage,
+        memory=memory,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        num_threads=threads,
+        overwrite=overwrite,
+        resume=not restart,
+    )
+
+
+@app.command()
+def embed(
+    cells: Cells,
+    model: Annotated[str, typer.Argument(help="A checkpoint: a folder, or a name on the Hub.")],
+    out: Out,
+    key: Annotated[str, typer.Option(help="Key of obsm.")] = "X_panfoma",
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    min_coverage: MinCoverage = None,
+    memory: Memory = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    restart: Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Embed each cell of a file, of any size.
+
+    Exit codes and several GPUs as with `panfoma annotate`.
+    Example: panfoma embed cells.h5ad my-checkpoint --out embedded.h5ad
+    """
+    from .inference import embed
+
+    _to_file(
+        embed,
+        cells,
+        model,
+        out,
+        as_json,
+        key_added=key,
+        layer=layer,
+        gene_column=gene_column,
+        min_coverage=min_coverage,
+        memory=memory,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        num_threads=threads,
+        overwrite=overwrite,
+        resume=not restart,
+    )
+
+
+def _to_file(verb: Callable, cells: Path, model: str, out: Path, as_json: bool, **options) -> None:
+    """Run `annotate` or `embed` from file to file, and say what was done."""
+    from .inference import parts_folder
+
+    if options["min_coverage"] is None:
+        del options["min_coverage"]
+    with _told(MemoryError):
+        try:
+            report = verb(cells, model, output=out, progress=not as_json, **options)
+        except KeyboardInterrupt:
+            parts = parts_folder(out)
+            kept = f"what is finished is kept in {parts}. " if parts.exists() else "nothing was finished. "
+            again = "The same command goes on from there; --restart begins anew." if parts.exists() else ""
+            typer.echo(f"stopped: {kept}{again}".strip(), err=True)
+            raise typer.Exit(130) from None
+    if report.is_written:  # of several processes one tells
+        typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
 
 
 @app.command()

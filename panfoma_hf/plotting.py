@@ -6,6 +6,7 @@ from pathlib import Path
 import anndata as ad
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
@@ -189,4 +190,49 @@ def save_budget_curves(
     axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axis.minorticks_off()
     axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def save_gene_ranking(table: pd.DataFrame, path: str | Path, *, num_genes: int = 10) -> None:
+    """Draw the genes of the highest score of each group, a panel for each, and save it.
+
+    A dot's place is the gene's score, its size and colour the share of the group's cells that express it.
+
+    Parameters
+    ----------
+    table
+        What `panfoma_hf.gene_scores` gives: ``group``, ``gene``, ``score``, ``share`` and ``rank``.
+    path
+        A PNG, PDF or SVG file.
+    num_genes
+        Genes of each group.
+
+    Raises
+    ------
+    ValueError
+        If there is no gene to draw.
+    """
+    best = table[table["rank"] <= num_genes]
+    if not len(best):
+        raise ValueError("At least one gene is needed, got a table without any. Lower `min_share` of gene_scores.")
+    groups = list(best["group"].unique())
+    columns = min(4, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(3.2 * columns, (0.24 * num_genes + 0.9) * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    for axis, group in zip(axes, groups, strict=False):
+        genes = best[best["group"] == group].sort_values("rank", ascending=False)
+        place = np.arange(len(genes))
+        axis.hlines(place, 0, genes["score"], color="0.85", lw=1)
+        dots = axis.scatter(
+            genes["score"], place, s=8 + 70 * genes["share"], c=genes["share"], vmin=0, vmax=1, zorder=2
+        )
+        axis.set_yticks(place, genes["gene"], fontsize=8)
+        axis.set_title(group, fontsize=9)
+        axis.tick_params(axis="x", labelbottom=True, labelsize=8)  # also above a place without a panel
+        axis.margins(y=0.08)
+    for axis in axes[len(groups) :]:
+        axis.set_axis_off()
+    figure.supxlabel("mean standardised score", fontsize=9)
+    figure.colorbar(dots, ax=axes, label="share of the group's cells that express it", shrink=0.8, fraction=0.03)
     figure.savefig(path, dpi=130)

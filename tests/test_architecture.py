@@ -35,7 +35,7 @@ ARROWS = {
     "inference": {"data", "evaluation", "modeling", "tokenization", "version"},
     "training": {"data", "evaluation", "hub", "modeling", "shipped", "tokenization", "version"},
     "doctor": {"data", "tokenization"},
-    "cli": {"data", "doctor", "evaluation", "hub", "training"},
+    "cli": {"data", "doctor", "evaluation", "hub", "inference", "training"},
     "__main__": {"cli"},
     "__init__": {
         "data",

@@ -1,11 +1,12 @@
 """From cells in whatever file or AnnData to tokens: which matrix is read, what its genes are, and a chunk at a time."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -104,18 +105,29 @@ class Expression:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
-    def chunks(self) -> Iterator[sp.csr_matrix]:
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """First cell of each chunk, and the one after its last."""
+        return list(pairwise(self.rows.bounds()))
+
+    def chunks(self, which: Sequence[int] | None = None) -> Iterator[sp.csr_matrix]:
         """All cells in order, (some cells, genes) at a time; the next chunk is read while one is worked on.
+
+        Parameters
+        ----------
+        which
+            Places in ``bounds`` of the chunks to read; None reads all.
 
         Raises
         ------
         ValueError
             If the file turns out to be damaged, or a count to be too large.
         """
+        bounds = self.bounds
         with ThreadPoolExecutor(1) as reader:
             pending = None
-            for start, stop in pairwise(self.rows.bounds()):
-                coming = reader.submit(self.rows.read, start, stop)
+            for index in range(len(bounds)) if which is None else which:
+                coming = reader.submit(self.rows.read, *bounds[index])
                 if pending is not None:
                     yield self._checked(pending)
                 pending = coming
@@ -131,7 +143,11 @@ class Expression:
         return chunk
 
     def tokens(
-        self, tokenizer: PanFoMaTokenizer, max_length: int | None = None, is_kept: np.ndarray | None = None
+        self,
+        tokenizer: PanFoMaTokenizer,
+        max_length: int | None = None,
+        is_kept: np.ndarray | None = None,
+        which: Sequence[int] | None = None,
     ) -> Iterator[CellTokens]:
         """Cells in order as tokens, a chunk at a time.
 
@@ -143,11 +159,14 @@ class Expression:
             Genes of a cell that are kept; None keeps all.
         is_kept
             (cells,), which cells to tokenize; None takes all.
+        which
+            Places in ``bounds`` of the chunks to tokenize; None takes all.
         """
-        start = 0
-        for chunk in self.chunks():
+        bounds = self.bounds
+        which = range(len(bounds)) if which is None else which
+        for index, chunk in zip(which, self.chunks(which), strict=True):
             if is_kept is not None:
-                start, chunk = start + chunk.shape[0], chunk[is_kept[start : start + chunk.shape[0]]]
+                chunk = chunk[is_kept[slice(*bounds[index])]]
             try:
                 tokens = tokenizer.tokenize_cells(chunk, self.resolution, max_length=max_length, scale=self.scale)
             except ValueError as error:
@@ -399,6 +418,16 @@ def tokenize(
         f"{tokens.lengths.mean():.0f} genes a cell."
     )
     return tokens, expression
+
+
+def tokenizer_fingerprint(tokenizer: PanFoMaTokenizer) -> dict[str, Any]:
+    """What of a tokenizer decides its tokens, as JSON can hold it."""
+    return {
+        "genes_sha256": tokenizer.genes_sha256,
+        "gene_set": tokenizer.gene_set,
+        "num_expression_bins": tokenizer.num_expression_bins,
+        "added": dict(sorted(tokenizer.get_added_vocab().items())),
+    }
 
 
 def name_of(cells: ad.AnnData | str | Path) -> str:

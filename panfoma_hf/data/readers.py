@@ -1,5 +1,7 @@
 """Files of cells, in whatever format: what they hold is opened here and read later, a chunk at a time."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +74,12 @@ def input_files(path: str | Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"Cells are read from a file or a folder, got nothing at {path}. Check the path.")
     return mtx_files(path) if re.search(r"\.mtx(\.gz)?$", path.name) else [path]
+
+
+def signature(path: str | Path) -> list:
+    """Size in bytes of a file or folder of cells, and a checksum of its files' names, sizes and times of change."""
+    stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in input_files(path) for stat in (file.stat(),)]
+    return [sum(size for _, size, _ in stats), hashlib.sha256(json.dumps(stats).encode()).hexdigest()]
 
 
 def _reader_of(path: Path) -> Callable[..., CellFile]:

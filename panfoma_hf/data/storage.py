@@ -69,19 +69,23 @@ class SlicedRows(Rows):
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """Rows from ``start`` to before ``stop``, (rows, genes)."""
-        if sp.issparse(self._matrix) and self._matrix.format != "csr":
-            check_matrix(self._matrix)
-            self._matrix = self._matrix.tocsr()
+        self._bring_into_order()
         rows = self._matrix[:, start:stop].T if self._transposed else self._matrix[start:stop]
         rows = rows.compute() if hasattr(rows, "compute") else rows
         if sp.issparse(rows):
             check_matrix(rows)
         return sp.csr_matrix(rows if rows.dtype != np.float16 else rows.astype(np.float32))
 
+    def _bring_into_order(self) -> None:
+        if sp.issparse(self._matrix) and self._matrix.format != "csr":
+            check_matrix(self._matrix)
+            self._matrix = self._matrix.tocsr()
+
     def bounds(self) -> list[int]:
         """Where chunks start, and the number of rows."""
         if sp.issparse(self._matrix):
-            return _bounds(self._matrix.tocsr().indptr)
+            self._bring_into_order()
+            return _bounds(self._matrix.indptr)
         step = max(1, 2 * CHUNK_ENTRIES // max(self.shape[1], 1))
         return [*range(0, self.shape[0], step), self.shape[0]]
 

@@ -111,7 +111,8 @@ def write_loom(folder: Path, cells: ad.AnnData) -> Path:
     with h5py.File(folder / "cells.loom", "w") as file:
         file["attrs/LOOM_SPEC_VERSION"] = "3.0.0"
         matrix = cells.X.toarray().T
-        file.create_dataset("matrix", data=matrix, chunks=(64, 64), compression="gzip", compression_opts=1)
+        chunks = tuple(min(64, size) for size in matrix.shape)
+        file.create_dataset("matrix", data=matrix, chunks=chunks, compression="gzip", compression_opts=1)
         file.create_dataset("layers/spliced", data=np.floor(matrix / 2), compression="gzip", compression_opts=1)
         file["row_attrs/Gene"] = cells.var_names.to_numpy().astype(object)
         file["col_attrs/CellID"] = cells.obs_names.to_numpy().astype(object)

@@ -10,10 +10,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ...tokenization import PanFoMaTokenizer
+from ..cells import tokenizer_fingerprint
 from .corpus import MANIFEST_FILE, SPLITS_FOLDER, TOKENIZER_FOLDER, Corpus, CorpusError
 from .finishing import finish_corpus
 from .running import FATAL, Inputs, run_units
-from .sources import SourceList, resolved_settings, tokenizer_fingerprint
+from .sources import SourceList, resolved_settings
 from .units import FINISHED_FOLDER, UNITS_FOLDER, WORK_FOLDER, Unit
 
 

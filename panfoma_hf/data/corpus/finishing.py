@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ...tokenization import PanFoMaTokenizer
 from .. import schema
+from ..cells import tokenizer_fingerprint
 from .card import write_card
 from .corpus import (
     CORPUS_FORMAT,
@@ -25,13 +26,7 @@ from .corpus import (
     CorpusError,
     read_groups,
 )
-from .sources import (
-    SourceList,
-    check_exclusions_occur,
-    check_labels_occur,
-    resolved_settings,
-    tokenizer_fingerprint,
-)
+from .sources import SourceList, check_exclusions_occur, check_labels_occur, resolved_settings
 from .splits import NORMAL, CellGroups, Split, SplitError, make_split
 from .units import FINISHED_FOLDER, REPORT_FILE, UNITS_FOLDER, Unit, waiting_folder, written_together
 

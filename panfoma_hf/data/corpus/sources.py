@@ -12,7 +12,6 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
-from ...tokenization import PanFoMaTokenizer
 from .. import schema
 from ..cells import MIN_COVERAGE
 from ..plain_yaml import PlainYaml
@@ -452,13 +451,3 @@ def resolved_settings(sources: SourceList, study: str) -> dict[str, Any]:
         include={"layer", "gene_column", "min_coverage", "columns", "values", "labels", "exclude"}
     )
     return {**settings, "quality": sources.quality_of(study).model_dump()}
-
-
-def tokenizer_fingerprint(tokenizer: PanFoMaTokenizer) -> dict[str, Any]:
-    """What of a tokenizer decides its tokens, as JSON can hold it."""
-    return {
-        "genes_sha256": tokenizer.genes_sha256,
-        "gene_set": tokenizer.gene_set,
-        "num_expression_bins": tokenizer.num_expression_bins,
-        "added": dict(sorted(tokenizer.get_added_vocab().items())),
-    }

@@ -21,10 +21,10 @@ import xxhash
 from ...tokenization import CellTokens, PanFoMaTokenizer
 from ...version import __version__
 from .. import schema
-from ..cells import read_expression
+from ..cells import read_expression, tokenizer_fingerprint
 from ..quality import CellQuality, Quality, cells_per_token, judge_cells, rare_genes
-from ..readers import input_files, open_cells
-from .sources import Study, cell_fields, check_vocabulary, exclusions_seen, is_excluded, tokenizer_fingerprint
+from ..readers import input_files, open_cells, signature
+from .sources import Study, cell_fields, check_vocabulary, exclusions_seen, is_excluded
 
 
 # What a unit holds; raised whenever the same input and settings give other bytes.
@@ -125,12 +125,6 @@ def _tokenizer(folder: str) -> PanFoMaTokenizer:
 # ----------------------------------------------------------------------------------------------------------------------
 # What a file is
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def signature(path: str | Path) -> list:
-    """Size in bytes of a file or folder of cells, and a checksum of its files' names, sizes and times of change."""
-    stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in input_files(path) for stat in (file.stat(),)]
-    return [sum(size for _, size, _ in stats), hashlib.sha256(json.dumps(stats).encode()).hexdigest()]
 
 
 def checksum(path: str | Path) -> str:

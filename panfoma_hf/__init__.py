@@ -1,7 +1,8 @@
 """PanFoMa for single-cell RNA sequencing, in the Auto classes of Transformers.
 
 Importing this package registers PanFoMa, so that ``AutoModel``, ``AutoTokenizer`` and the others load its checkpoints
-without ``trust_remote_code``. The import is light: what reads AnnData is loaded when it is first used.
+without ``trust_remote_code``, and ``pipeline`` knows "cell-type-annotation" and "cell-embedding". The import is light:
+what reads AnnData is loaded when it is first used.
 """
 
 from importlib import import_module
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from .modeling import PanFoMaConfig, PanFoMaForCellClassification, PanFoMaForMaskedExpression, PanFoMaModel
+from .pipelines import CellEmbeddingPipeline, CellTypeAnnotationPipeline, register_pipelines
 from .shipped import checkpoint
 from .tokenization import PanFoMaTokenizer
 from .version import __version__
@@ -27,6 +29,7 @@ AutoModelForSequenceClassification.register(PanFoMaConfig, PanFoMaForCellClassif
 AutoModelForMaskedLM.register(PanFoMaConfig, PanFoMaForMaskedExpression)
 AutoModelForPreTraining.register(PanFoMaConfig, PanFoMaForMaskedExpression)
 AutoTokenizer.register(PanFoMaConfig, tokenizer_class=PanFoMaTokenizer)
+register_pipelines()
 
 # Public names that need AnnData or datasets, and the modules that they live in.
 _LAZY = {
@@ -55,6 +58,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "CellEmbeddingPipeline",
+    "CellTypeAnnotationPipeline",
     "Corpus",
     "DataCollatorForCells",
     "DataCollatorForMaskedExpression",

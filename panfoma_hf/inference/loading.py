@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -35,17 +36,22 @@ def load_model(auto_class, model, tokenizer: PanFoMaTokenizer, device=None) -> P
     """The model on its device, with every weight, and made for this tokenizer."""
     if isinstance(model, (str, Path)):
         loaded, report = auto_class.from_pretrained(model, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(
-                f"A checkpoint must hold every weight of {type(loaded).__name__}, got {model} without "
-                f"{', '.join(sorted(report['missing_keys'])[:3])}. Fine-tune it first with `panfoma_hf.finetune`, or "
-                "use `panfoma_hf.embed`, which needs no classifier."
-            )
+        check_weights(loaded, model, report["missing_keys"])
         model = loaded.to(device or default_device())
     elif device is not None:
         model = model.to(device)
     check_tokenizer(tokenizer, model.config)
     return model
+
+
+def check_weights(model: PanFoMaPreTrainedModel, checkpoint: str | Path, missing_keys: Collection[str]) -> None:
+    """Raise ValueError if a model was loaded from a checkpoint that lacks some of its weights."""
+    if missing_keys:
+        raise ValueError(
+            f"A checkpoint must hold every weight of {type(model).__name__}, got {checkpoint} without "
+            f"{', '.join(sorted(missing_keys)[:3])}. Fine-tune it first with `panfoma_hf.finetune`, or "
+            "use `panfoma_hf.embed`, which needs no classifier."
+        )
 
 
 def default_device() -> torch.device:

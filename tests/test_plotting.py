@@ -299,6 +299,12 @@ def test_an_embedding_that_is_not_finite_is_refused(cells, tmp_path):
         save_umap(cells, tmp_path / "umap.png", "score", embedding="X_own")
 
 
+def test_an_embedding_of_one_column_is_refused(cells, tmp_path):
+    cells.obsm["X_own"] = cells.obsm["X_own"][:, :1]
+    with pytest.raises(ValueError, match=r"at least two columns, got \(90, 1\) in obsm\['X_own'\]"):
+        save_umap(cells, tmp_path / "umap.png", "score", embedding="X_own")
+
+
 # -- shares of names -------------------------------------------------------------------------------------------------
 
 

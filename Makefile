@@ -7,12 +7,12 @@ VENV ?= .venv
 #   make demo CPU_TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 CPU_TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-SOURCES = panfoma_hf scripts tests
+SOURCES = panfoma_cli panfoma_hf scripts tests
 
 .PHONY: demo test test-all lint format bench clean
 
 demo: $(VENV)/.demo  ## Fine-tune on real pancreas cells and name unseen ones; writes runs/demo/
-	$(VENV)/bin/python scripts/demo.py
+	$(VENV)/bin/panfoma demo --out runs/demo
 
 test: $(VENV)/.dev  ## The tests that fit into minutes
 	$(VENV)/bin/python -m pytest

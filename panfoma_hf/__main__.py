@@ -1,6 +1,6 @@
 """``python -m panfoma_hf`` is the command `panfoma`."""
 
-from .cli import app
+from panfoma_cli import main
 
 
-app(prog_name="panfoma")
+main()

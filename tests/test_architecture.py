@@ -10,6 +10,7 @@ from tests.conftest import ROOT, run_python
 
 
 PACKAGE = ROOT / "panfoma_hf"
+COMMAND = ROOT / "panfoma_cli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TRAVELLING = [
     *sorted((PACKAGE / "modeling").glob("*_panfoma.py")),
@@ -36,8 +37,8 @@ ARROWS = {
     "training": {"data", "evaluation", "hub", "modeling", "shipped", "tokenization", "version"},
     "pipelines": {"inference", "modeling", "shipped"},
     "doctor": {"data", "tokenization"},
-    "cli": {"data", "doctor", "evaluation", "hub", "inference", "training"},
-    "__main__": {"cli"},
+    "demo": {"evaluation", "inference", "plotting", "training"},
+    "__main__": set(),
     "__init__": {
         "data",
         "doctor",
@@ -111,9 +112,22 @@ def test_base_names_of_travelling_files_are_unique():
     assert len(set(names)) == len(names)
 
 
-def test_scripts_import_the_package_and_never_the_other_way():
+def test_scripts_and_the_command_import_the_package_and_never_the_other_way():
     for path in MODULES:
-        assert not any(name.split(".")[0] == "scripts" for name, _ in imports(path)), path
+        above = {"scripts"} if path.name == "__main__.py" else {"scripts", "panfoma_cli"}
+        assert not any(name.split(".")[0] in above for name, _ in imports(path)), path
+
+
+def test_the_command_imports_the_package_inside_of_its_verbs_alone():
+    for path in sorted(COMMAND.glob("*.py")):
+        at_the_top = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if is_import(node)]
+        for node in at_the_top:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            assert not any(name.startswith("panfoma_hf") for name in names), path
+
+
+def is_import(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def test_importing_the_package_is_light():

@@ -10,8 +10,8 @@ import scipy.sparse as sp
 from typer.testing import CliRunner
 
 import panfoma_hf
+from panfoma_cli import app
 from panfoma_hf import doctor
-from panfoma_hf.cli import app
 from tests.conftest import run_python
 
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from panfoma_cli import app
 from panfoma_hf import Corpus
-from panfoma_hf.cli import app
 from tests.conftest import ROOT, small_cells
 from tests.hub_server import HubServer
 

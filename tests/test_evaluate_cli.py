@@ -13,8 +13,8 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 import panfoma_hf
+from panfoma_cli import app
 from panfoma_hf import PanFoMaConfig, PanFoMaModel, Task
-from panfoma_hf.cli import app
 from panfoma_hf.evaluation.tasks import INTEGRATION
 from panfoma_hf.plotting import save_budget_curves, save_calibration_curve
 from tests.conftest import ROOT, spread_out
@@ -72,9 +72,10 @@ def test_finetune_writes_a_checkpoint_and_says_where(file, start, cells, tmp_pat
     out = tmp_path / "model"
     result = run("finetune", file, out, "--label", "cell_type", "--model", start, "--mode", "probe")
     assert result.exit_code == 0, result.output
-    assert (
-        result.stdout.strip() == f"The model is in {out}. Name cells with it: panfoma_hf.annotate(cells, {str(out)!r})"
+    assert result.stdout.strip() == (
+        f"The model is in {out}. Name cells with it: panfoma annotate CELLS {out} --out ANNOTATED.h5ad"
     )
+    assert "MISSING" not in result.stderr  # of the last layer, which is what is learned
     assert json.loads((out / "finetuning.json").read_text())["split"]["groups"] == "donor"
     panfoma_hf.annotate(cells, out, min_score=0, progress=False)
     assert (cells.obs["panfoma_cell_type"].astype(str) == cells.obs["cell_type"].astype(str)).mean() > 0.9

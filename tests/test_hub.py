@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 import panfoma_hf
+from panfoma_cli import app
 from panfoma_hf import PanFoMaForCellClassification, PanFoMaModel, pull, push_to_hub, save_checkpoint
-from panfoma_hf.cli import app
 from panfoma_hf.hub import HubError, check_replaceable, checkpoint_files
 from panfoma_hf.training.finetuning import _with_adapters
 from tests.conftest import run_python, spread_out, tiny_config

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,8 +26,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import panfoma_hf
+from panfoma_cli import app
 from panfoma_hf import PanFoMaConfig, PanFoMaForCellClassification, PanFoMaTokenizer
-from panfoma_hf.cli import app
 from panfoma_hf.data import storage
 from panfoma_hf.data.cells import read_cells
 from panfoma_hf.inference import gene_embeddings, gene_scores, parts_folder, streaming
@@ -806,7 +807,7 @@ def test_the_command_annotates_and_tells_as_text_or_as_json(file, checkpoint, tm
     counts = read(tmp_path / "text.h5ad").obs["panfoma_cell_type"].value_counts()
     assert "48 cells" in result.stdout
     for name, count in counts.items():
-        assert f"{name} {count}" in result.stdout
+        assert re.search(rf"^{name} +{count} +{count / 48:.1%}$", result.stdout, re.MULTILINE)
     result = command("annotate", file, checkpoint, "--out", tmp_path / "json.zarr", "--json", "--min-score", 0)
     report = json.loads(result.stdout)
     assert (report["cells"], report["cells_run"], report["empty_cells"]) == (48, 48, 1)

@@ -3,7 +3,8 @@
 import copy
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -607,9 +608,27 @@ def _starting_model(model, names: dict[str, list[str]], tokenizer) -> PanFoMaFor
     # A classifier of other labels gives its body; its last layer starts anew.
     config = PanFoMaConfig.from_pretrained(model)
     config = PanFoMaConfig(**{**config.to_dict(), "id2label": None, "label2id": None, **labels})
-    return AutoModelForSequenceClassification.from_pretrained(
-        model, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
-    )
+    with _without_loading_report():
+        loaded, report = AutoModelForSequenceClassification.from_pretrained(
+            model, config=config, ignore_mismatched_sizes=True, dtype=torch.float32, output_loading_info=True
+        )
+    if missing := sorted(name for name in report["missing_keys"] if name.startswith(loaded.base_model_prefix)):
+        raise ValueError(
+            f"A checkpoint to start from holds every weight of the network, got {model} without "
+            f"{', '.join(missing[:3])}. Take another, or pretrain it again with this version."
+        )
+    return loaded
+
+
+@contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Without Transformers' report of the last layer, which is to be learned."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _compute_metrics(prediction: EvalPrediction, names: dict[str, list[str]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -306,6 +308,16 @@ def test_arguments_that_make_no_sense_are_an_error(options, message, start, adat
     with pytest.raises(ValueError, match=message):
         tune(adata, tmp_path / "x", start, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_without_a_weight_of_the_network_is_refused(start, adata, tmp_path):
+    shutil.copytree(start, tmp_path / "older")
+    weights = load_file(start / "model.safetensors")
+    gone = next(name for name in weights if "pooler" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != gone}, tmp_path / "older/model.safetensors")
+    with pytest.raises(ValueError, match=f"holds every weight of the network, got .*older without .*{gone}"):
+        tune(adata, tmp_path / "x", tmp_path / "older", mode="probe")
+    assert not (tmp_path / "x").exists()
 
 
 # -- several tasks -------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModel, AutoModelForPreTraining, AutoTokenizer, TrainingArguments
 from typer.testing import CliRunner
 
+from panfoma_cli import app
 from panfoma_hf import PanFoMaForCellClassification, save_checkpoint
-from panfoma_hf.cli import app
 from panfoma_hf.data.collator import DataCollatorForMaskedExpression
 from panfoma_hf.data.corpus import CorpusError
 from panfoma_hf.data.corpus.choice import HELD_OUT_CANCER_TYPES, HELD_OUT_DONORS, TRAIN, CellChoice

@@ -7,9 +7,10 @@ VENV ?= .venv
 #   make demo CPU_TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 CPU_TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+CHECKPOINT_TESTS = tests/test_golden.py tests/test_auto_classes.py tests/test_pipelines.py
 SOURCES = panfoma_cli panfoma_hf scripts tests
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all test-transformers lint format bench clean
 
 demo: $(VENV)/.demo  ## Fine-tune on real pancreas cells and name unseen ones; writes runs/demo/
 	$(VENV)/bin/panfoma demo --out runs/demo
@@ -19,6 +20,15 @@ test: $(VENV)/.dev  ## The tests that fit into minutes
 
 test-all: $(VENV)/.dev  ## All tests, the slow ones too
 	$(VENV)/bin/python -m pytest -m "slow or not slow"
+
+# What each needs beside what is installed anyway, which is for the newest.
+LOWEST_TRANSFORMERS = transformers==5.17.0 "huggingface-hub<2" httpx httpcore h11
+NEWEST_TRANSFORMERS = --upgrade transformers
+test-transformers: $(VENV)/.dev  ## What a checkpoint gives, on the lowest and the newest Transformers that are supported
+	$(PIP) --no-deps --target build/lowest $(LOWEST_TRANSFORMERS)
+	$(PIP) --no-deps --target build/newest $(NEWEST_TRANSFORMERS)
+	for version in lowest newest; do \
+		PYTHONPATH=build/$$version $(VENV)/bin/python -m pytest $(CHECKPOINT_TESTS) || exit 1; done
 
 lint: $(VENV)/.dev  ## Style, as CI checks it
 	$(VENV)/bin/ruff check $(SOURCES)

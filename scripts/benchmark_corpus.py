@@ -23,13 +23,13 @@ import numpy as np
 import pandas as pd
 import yaml
 from anndata.io import write_elem
-from demo import baron_pancreas
 from measuring import table
 
 from panfoma_hf import Corpus
 from panfoma_hf.data.corpus.corpus import read_groups
 from panfoma_hf.data.corpus.sources import DEFAULT_SPLITS
 from panfoma_hf.data.corpus.splits import CellGroups, make_split, shared_barcodes
+from panfoma_hf.evaluation.public_tasks import baron_pancreas
 
 
 START, END = "<!-- measured: start -->\n", "<!-- measured: end -->\n"

@@ -9,13 +9,13 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 import torch
-from demo import baron_pancreas
 from measuring import in_turn, table
 
 from panfoma_hf import PanFoMaTokenizer
 from panfoma_hf.data.cells import read_expression
 from panfoma_hf.data.readers import open_cells
 from panfoma_hf.doctor import check
+from panfoma_hf.evaluation.public_tasks import baron_pancreas
 from panfoma_hf.tokenization import token_kernels
 from panfoma_hf.tokenization.expression import bin_cells
 

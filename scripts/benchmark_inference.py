@@ -34,7 +34,7 @@ def repeated(path: Path, num_cells: int, out: Path) -> int:
     times = -(-num_cells // cells.n_obs)
     matrix = sp.vstack([sp.csr_matrix(cells.X)] * times, format="csr")[:num_cells]
     obs = pd.DataFrame(index=[f"cell-{index}" for index in range(num_cells)])
-    ad.AnnData(matrix, obs=obs, var=cells.var[[]]).write_h5ad(out)
+    ad.AnnData(matrix, obs=obs, var=cells.var).write_h5ad(out)
     return cells.n_obs
 
 

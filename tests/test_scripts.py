@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import panfoma_hf
 from tests.conftest import ROOT
 
 
@@ -97,3 +98,15 @@ def test_the_benchmark_prints_and_writes_its_tables(tmp_path):
     assert "Transformers' fallback" in written
     assert "numba, channels last" in written
     assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_inference_compares_with_memory(adata, tokenizer, tmp_path):
+    config = panfoma_hf.PanFoMaConfig.from_size("tiny", vocab_size=len(tokenizer))
+    options = {"model": config, "mode": "probe", "baselines": False, "disable_tqdm": True}
+    panfoma_hf.finetune(adata, "cell_type", tmp_path / "model", **options)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    arguments = (tmp_path / "cells.h5ad", tmp_path / "model", "--cells", 100, "--out", tmp_path / "many")
+    printed = run_script("benchmark_inference.py", *arguments)
+    assert "| cells | 100 |" in printed
+    assert "| same name as in memory | 100.0000% |" in printed

@@ -7,6 +7,8 @@ VENV ?= .venv
 #   make demo CPU_TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 CPU_TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# A process for each core, and so one thread for each process. Each takes up to 2 GB.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 CHECKPOINT_TESTS = tests/test_golden.py tests/test_auto_classes.py tests/test_pipelines.py
 SOURCES = panfoma_cli panfoma_hf scripts tests
 
@@ -16,18 +18,20 @@ demo: $(VENV)/.demo  ## Fine-tune on real pancreas cells and name unseen ones; w
 	$(VENV)/bin/panfoma demo --out runs/demo
 
 test: $(VENV)/.dev  ## The tests that fit into minutes
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.dev  ## All tests, the slow ones too
-	$(VENV)/bin/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 # What each needs beside what is installed anyway, which is for the newest.
 LOWEST_TRANSFORMERS = transformers==5.17.0 "huggingface-hub<2" httpx httpcore h11
 NEWEST_TRANSFORMERS = --upgrade transformers
 test-transformers: $(VENV)/.dev  ## What a checkpoint gives, on the lowest and the newest Transformers that are supported
+	rm -rf build/lowest build/newest
 	$(PIP) --no-deps --target build/lowest $(LOWEST_TRANSFORMERS)
 	$(PIP) --no-deps --target build/newest $(NEWEST_TRANSFORMERS)
 	for version in lowest newest; do \
+		PYTHONPATH=build/$$version $(VENV)/bin/python -c "import transformers; print(transformers.__version__)"; \
 		PYTHONPATH=build/$$version $(VENV)/bin/python -m pytest $(CHECKPOINT_TESTS) || exit 1; done
 
 lint: $(VENV)/.dev  ## Style, as CI checks it

@@ -15,7 +15,7 @@ from .outcome import say, say_json, say_table, told
 
 app = typer.Typer(rich_markup_mode="markdown")
 
-# Arguments and options that `annotate` and `embed` share.
+# Arguments and options that several verbs share.
 Cells = Annotated[Path, typer.Argument(help="Cells, of any format that `panfoma check` reads.")]
 Out = Annotated[Path, typer.Option("--out", help="The .h5ad or .zarr to write: a copy of the cells with the results.")]
 Layer = Annotated[str | None, typer.Option(help="The matrix to read: a layer's name, X or raw.")]
@@ -40,11 +40,9 @@ def check(
     file: Annotated[Path, typer.Argument(help="Cells: .h5ad, .zarr, .loom, 10x .h5 or .mtx, .csv or .tsv.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     model: Annotated[str | None, typer.Option(help="A checkpoint, to look for its genes and measure its time.")] = None,
-    layer: Annotated[str | None, typer.Option(help="The matrix to read: a layer's name, X or raw.")] = None,
-    gene_column: Annotated[str | None, typer.Option(help="The column of var with gene names.")] = None,
-    min_coverage: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the counts that must fall on known genes.")
-    ] = None,
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    min_coverage: MinCoverage = None,
 ) -> None:
     """Say what is in a file of cells, and whether PanFoMa can read it: exit code 0 if so, 1 if something is to be done.
 
@@ -169,7 +167,7 @@ def _to_file(verb: str, cells: Path, model: str, out: Path, as_json: bool, **opt
     """Run `annotate` or `embed` from file to file, and say what was done."""
     if options["min_coverage"] is None:
         del options["min_coverage"]
-    with told(lambda: _finished_of(out)):
+    with told(lambda: _finished_of(out, options["resume"])):
         from panfoma_hf import inference
 
         report = getattr(inference, verb)(cells, model, output=out, progress=not as_json, **options)
@@ -178,8 +176,7 @@ def _to_file(verb: str, cells: Path, model: str, out: Path, as_json: bool, **opt
     if as_json:
         say_json(report.to_dict())
         return
-    *lines, written = str(report).splitlines()
-    say(lines[0])
+    say(report.summary)
     for key, counts in report.names.items():
         table = Table(box=None, pad_edge=False)
         table.add_column(key)
@@ -188,18 +185,16 @@ def _to_file(verb: str, cells: Path, model: str, out: Path, as_json: bool, **opt
         for name, count in sorted(counts.items(), key=lambda item: -item[1]):
             table.add_row(Text(name), f"{count:,}", f"{count / report.cells:.1%}")
         say_table(table)
-    say(written)
+    say(report.written)
 
 
-def _finished_of(out: Path) -> str:
+def _finished_of(out: Path, resume: bool) -> str:
     """What is kept of a run that was stopped."""
-    from panfoma_hf.inference import parts_folder
-
-    if not parts_folder(out).exists():
+    parts = Path(f"{out}.parts")  # of `parts_folder`, which may be what was being imported
+    if not parts.exists():
         return "nothing was finished."
-    return (
-        f"what is finished is kept in {parts_folder(out)}. The same command goes on from there; --restart begins anew."
-    )
+    again = "The same command" if resume else "The same command without --restart"
+    return f"what is finished is kept in {parts}. {again} goes on from there{'; --restart begins anew' * resume}."
 
 
 @app.command()
@@ -220,7 +215,7 @@ def demo(
     Example: panfoma demo --out demo
     """
     with told(f"what was written stays in {out}."), redirect_stdout(sys.stderr):
-        from panfoma_hf.demo import run_demo
+        from panfoma_hf.demo import WRITTEN, run_demo
 
         report = run_demo(out, mode=mode, num_cells=num_cells, seed=seed)
     if as_json:
@@ -233,7 +228,7 @@ def demo(
         for name, scores in report.scores.items():
             table.add_row(name, f"{scores['accuracy']:.3f}", f"{scores['macro_f1']:.3f}")
         say_table(table)
-        say(f"Written to {out}/: {', '.join(sorted(path.name for path in out.iterdir()))}")
+        say(f"Written to {out}/: {', '.join(WRITTEN)}")
         say(
             f"A fresh process gave {report.same_names:,} of {report.cells:,} held-out cells the same name.",
             "" if report.is_same else "red",

@@ -85,8 +85,9 @@ def evaluate(
         typer.Option(
             "--method",
             help="What to score: majority, hvg_logistic_regression, pca_knn, pca_logistic_regression, celltypist, "
-            "scanvi, panfoma:probe, panfoma:lora, panfoma:full, panfoma:knn, random:full, checkpoint:FOLDER, obsm:KEY; "
-            "with --batch pca, pca_harmony, scvi, panfoma, panfoma:adapted, panfoma:full, panfoma:logits, obsm:KEY.",
+            "scanvi, panfoma:probe|lora|full|network|bins|knn|logistic_regression, random:probe|full|..., "
+            "checkpoint:FOLDER, obsm:KEY; with --batch pca, pca_harmony, scvi, panfoma, random, "
+            "panfoma:adapted|lora|full|logits, random:lora|full, checkpoint:FOLDER, obsm:KEY.",
         ),
     ] = None,
     batch: Annotated[

@@ -49,11 +49,13 @@ def complain(text: str, style: str = "red") -> None:
 
 def _is_foreseen(error: Exception) -> bool:
     """Whether an error is about the cells, a file, an option or the surroundings, and its text says what to do."""
+    if isinstance(error, (ImportError, MemoryError, OSError, ValueError)):  # also where the package cannot be imported
+        return True
     from panfoma_hf.data.corpus import CorpusError
     from panfoma_hf.hub import HubError
     from panfoma_hf.training import PretrainingError
 
-    return isinstance(error, (CorpusError, HubError, PretrainingError, ImportError, MemoryError, OSError, ValueError))
+    return isinstance(error, (CorpusError, HubError, PretrainingError))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .training import finetune
 
 
 LABEL = "cell_type"
+WRITTEN = ("annotated.h5ad", "checkpoint", "confusion_matrix.png", "metrics.json", "umap.png")
 NUM_GENES = 1000
 # Of modes lora and full.
 EPOCHS = 5
@@ -98,7 +99,7 @@ def run_demo(
     mode
         As in `panfoma_hf.finetune`.
     num_cells
-        Use only so many cells, for a quick look; None takes all.
+        Use only so many cells, of the six commonest types, for a quick look; None takes all.
     seed
         Of the split and of the fine-tune.
 
@@ -112,7 +113,8 @@ def run_demo(
         cells = baron_pancreas()
         if num_cells is not None:
             cells = cells[cells.obs[LABEL].isin(cells.obs[LABEL].value_counts().index[:QUICK_TYPES])]
-            cells = cells[cells.obs.sample(num_cells, random_state=seed).index].copy()
+            cells = cells[cells.obs.sample(min(num_cells, cells.n_obs), random_state=seed).index].copy()
+            cells = cells[cells.obs.groupby(LABEL, observed=True)[LABEL].transform("size") > 1].copy()
         names = train_test_split(cells.obs_names, test_size=0.2, stratify=cells.obs[LABEL], random_state=seed)
         train, test = (cells[of_side].copy() for of_side in names)
     with _timed(seconds, "baselines"):
@@ -134,7 +136,7 @@ def run_demo(
         test.write_h5ad(output / "annotated.h5ad")
     with _timed(seconds, "fresh process"):
         reload = [sys.executable, "-c", RELOAD, str(checkpoint), str(output / "annotated.h5ad")]
-        same_names = int(subprocess.run(reload, capture_output=True, text=True, check=True).stdout)
+        same_names = int(subprocess.run(reload, stdout=subprocess.PIPE, text=True, check=True).stdout)
     true = test.obs[LABEL].astype(str)
     scores = {name: classification_metrics(true, of_method) for name, of_method in predicted.items()}
     report = DemoReport(output, test.n_obs, scores, same_names, seconds)

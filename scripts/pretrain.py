@@ -8,7 +8,7 @@ Ready files: one_gpu, ddp, fsdp2, deepspeed_zero2, and ddp_cpu and fsdp2_cpu to 
 
 import sys
 
-from panfoma_hf.cli import app
+from panfoma_cli import app
 
 
 def main() -> None:

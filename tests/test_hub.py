@@ -505,6 +505,15 @@ def test_a_download_that_breaks_off_leaves_the_earlier_checkpoint(hub, saved, fo
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_what_is_not_complete_does_not_take_an_earlier_checkpoints_place(hub, saved, folder):
+    push_to_hub(saved, NAME)
+    HfApi().delete_file("model.safetensors", NAME)
+    before = contents(folder)
+    refused(pull, NAME, folder, match="complete by itself, got .* without model.safetensors", hub=hub)
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_folder_with_something_else_is_not_fetched_over(hub, saved, tmp_path):
     push_to_hub(saved, NAME)
     (tmp_path / "mine").mkdir()

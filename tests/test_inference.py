@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 import panfoma_hf
@@ -794,6 +794,43 @@ def test_threads_are_set_for_the_run_alone(cells, checkpoint, monkeypatch):
     assert torch.get_num_threads() == before
 
 
+def test_another_length_of_cells_is_refused(file, checkpoint, tmp_path, small_chunks):
+    output = tmp_path / "out.h5ad"
+    shorter = AutoTokenizer.from_pretrained(checkpoint, model_max_length=4)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            panfoma_hf.embed(file, checkpoint, output=output, tokenizer=shorter, progress=False)
+    with pytest.raises(ValueError, match="max_length was 4, is 3072"):
+        panfoma_hf.embed(file, checkpoint, output=output, progress=False)
+
+
+def test_a_run_that_finished_nothing_binds_no_settings(file, checkpoint, tmp_path):
+    output = tmp_path / "out.h5ad"
+    parts_folder(output).mkdir()
+    (parts_folder(output) / MANIFEST_FILE).write_text('{"dtype": "bfloat16"}')  # as a kill in the first chunk leaves it
+    panfoma_hf.embed(file, checkpoint, output=output, progress=False)
+    assert read(output).uns["panfoma"]["X_panfoma"]["dtype"] == "float32"
+
+
+def test_an_older_output_that_a_kill_left_aside_is_in_no_ones_way(file, checkpoint, tmp_path):
+    output = tmp_path / "out.zarr"
+    panfoma_hf.embed(file, checkpoint, output=output, key_added="X_first", progress=False)
+    shutil.copytree(output, parts_folder(output) / "replaced.zarr")
+    panfoma_hf.embed(file, checkpoint, output=output, key_added="X_second", overwrite=True, progress=False)
+    assert set(read(output).obsm) == {"X_own", "X_second"}
+    assert left_in(tmp_path) == {file.name, output.name}
+
+
+def test_weights_that_are_cut_off_are_told(file, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"weights are whole and fit its configuration, got .*cut"):
+        panfoma_hf.embed(file, tmp_path / "cut", output=tmp_path / "out.h5ad", progress=False)
+    assert left_in(tmp_path) == {file.name, "cut"}
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -838,9 +875,13 @@ def test_ctrl_c_says_how_to_go_on(file, checkpoint, tmp_path, small_chunks, run)
         result = command(*arguments)
     assert result.exit_code == 130
     assert "The same command goes on from there; --restart begins anew." in result.stderr
-    first = run.cells
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt)
+        anew = command(*arguments, "--restart")
+    assert "The same command without --restart goes on from there." in anew.stderr
+    first = run.cells // 2
     result = command(*arguments)
-    assert (result.exit_code, run.cells) == (0, 48)
+    assert (result.exit_code, run.cells) == (0, first + 48)
     assert json.loads(result.stdout)["cells_resumed"] == first
 
 

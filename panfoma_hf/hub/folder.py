@@ -92,7 +92,15 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
         If it is none of PanFoMa, lacks a file, has a damaged one or a pickle, or an adapter's base model is a folder
         that nobody else has.
     """
-    folder = Path(folder)
+    files, code = check_complete(Path(folder))
+    published = {name for name in files if name in code or CHECKPOINT_FILES.fullmatch(name)}
+    if left_out := sorted(set(files) - published):
+        logger.warning(f"Not part of a checkpoint, and left out: {', '.join(left_out)}.")
+    return [files[name] for name in sorted(published)]
+
+
+def check_complete(folder: Path) -> tuple[dict[str, Path], set[str]]:
+    """Files of a checkpoint that is complete, by name, and the names of its code; raise HubError for any other."""
     settings = read_settings(folder) if folder.is_dir() else {}
     if not is_panfoma(settings):
         got = ", ".join(f"{name} of something else" for name in settings) or "none of these"
@@ -118,10 +126,7 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
         raise HubError(
             f"A checkpoint's files are whole, got damaged ones in {folder}: {', '.join(damaged)}. Save it again."
         )
-    published = {name for name in files if name in code or CHECKPOINT_FILES.fullmatch(name)}
-    if left_out := sorted(set(files) - published):
-        logger.warning(f"Not part of a checkpoint, and left out: {', '.join(left_out)}.")
-    return [files[name] for name in sorted(published)]
+    return files, code
 
 
 def base_model(settings: Mapping[str, dict[str, Any]]) -> str | None:
@@ -232,7 +237,7 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
             folder.rename(old)
         try:
             new.rename(folder)
-        except OSError:
+        except BaseException:  # Ctrl-C among them
             if old.exists():
                 old.rename(folder)
             raise

@@ -23,6 +23,7 @@ from .folder import (
     CHECKPOINT_FILES,
     SETTINGS_FILES,
     HubError,
+    check_complete,
     checkpoint_files,
     is_panfoma,
     read_settings,
@@ -168,8 +169,8 @@ def pull(
     Raises
     ------
     HubError
-        If there is no such repository, revision or right to read it, it is none of PanFoMa or has a pickle in it, or
-        the connection breaks.
+        If there is no such repository, revision or right to read it, it is none of PanFoMa or has a pickle in it, the
+        connection breaks, or, with ``folder``, it is not complete.
     FileExistsError
         If ``folder`` holds something else.
     """
@@ -178,6 +179,7 @@ def pull(
     with written_whole(folder) as new:
         _fetched(repo_id, revision, token, new)
         shutil.rmtree(new / ".cache", ignore_errors=True)  # what the Hub's client notes of a download
+        check_complete(new)  # or what is there stays
     return Path(folder)
 
 
@@ -193,7 +195,8 @@ def _fetched(repo_id: str, revision: str | None, token: str | None, folder: Path
         return Path(
             snapshot_download(
                 repo_id,
-                revision=revision,
+                # What was looked at; the cache also notes which branch or tag that is.
+                revision=revision if folder is None else state.sha,
                 token=token,
                 local_dir=folder,
                 allow_patterns=[glob.escape(path) for path in wanted],

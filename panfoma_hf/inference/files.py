@@ -136,6 +136,7 @@ def write_output(
         if output.exists() and not overwrite:
             raise FileExistsError(f"An output is a new file, got {output}, which somebody wrote meanwhile. Move it.")
         if output.is_dir():  # which nothing replaces in one step
+            remove(aside)  # of a run that was killed when the new one was in place
             output.rename(aside)
         try:
             scratch.replace(output)

@@ -10,6 +10,7 @@ import xxhash
 from accelerate import PartialState
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from ..modeling import PanFoMaPreTrainedModel
@@ -35,7 +36,13 @@ def load_tokenizer(model, tokenizer: PanFoMaTokenizer | None = None) -> PanFoMaT
 def load_model(auto_class, model, tokenizer: PanFoMaTokenizer, device=None) -> PanFoMaPreTrainedModel:
     """The model on its device, with every weight, and made for this tokenizer."""
     if isinstance(model, (str, Path)):
-        loaded, report = auto_class.from_pretrained(model, output_loading_info=True)
+        try:
+            loaded, report = auto_class.from_pretrained(model, output_loading_info=True)
+        except (SafetensorError, RuntimeError) as error:  # cut off, or of other shapes than its configuration says
+            raise ValueError(
+                f"A checkpoint's weights are whole and fit its configuration, got {model}: {error}. Fetch or save it "
+                "again."
+            ) from error
         check_weights(loaded, model, report["missing_keys"])
         model = loaded.to(device or default_device())
     elif device is not None:
@@ -61,8 +68,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def revision_of(name_or_path: str) -> str:
-    """Commit of a checkpoint of the Hub, as its files lie in the cache; empty for a folder or a fresh model."""
+def revision_of(model: PanFoMaPreTrainedModel) -> str:
+    """Commit of a checkpoint of the Hub, as it was loaded or lies in the cache; empty for a folder or a fresh model."""
+    if commit := getattr(model.config, "_commit_hash", None):
+        return commit
+    name_or_path = str(model.name_or_path)
     if not name_or_path or Path(name_or_path).is_dir():
         return ""
     try:

@@ -125,7 +125,7 @@ class Inference:
         tokenizer, expression = self.runner.tokenizer, self.expression
         return {
             "checkpoint": str(self.model.name_or_path),
-            "revision": revision_of(self.model.name_or_path),
+            "revision": revision_of(self.model),
             "panfoma_hf_version": __version__,
             "dtype": self.runner.options.dtype_name,
             "expression": expression.source,

@@ -80,19 +80,31 @@ class FileReport:
 
     @property
     def cells_per_second(self) -> float:
-        """Of the cells that were run, all of the time counted."""
-        return self.cells_run / self.seconds if self.seconds else 0.0
+        """Of the cells that were run, by all processes where this is their report, all of the time counted."""
+        run = self.cells - self.cells_resumed if self.is_written else self.cells_run
+        return run / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict:
         """The report as what JSON can hold."""
         return {**asdict(self), "cells_per_second": self.cells_per_second}
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How many cells, and how fast."""
         resumed = f", {self.cells_resumed:,} of them from an earlier run" if self.cells_resumed else ""
-        lines = [f"{self.output}: {self.cells:,} cells{resumed}, {self.cells_per_second:,.1f} cells/s"]
-        for key, counts in self.names.items():
-            lines.append(f"{key}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
-        return "\n".join([*lines, f"written: {', '.join(self.keys)}"])
+        return f"{self.output}: {self.cells:,} cells{resumed}, {self.cells_per_second:,.1f} cells/s"
+
+    @property
+    def written(self) -> str:
+        """Under which keys results are."""
+        return f"written: {', '.join(self.keys)}"
+
+    def __str__(self) -> str:
+        names = [
+            f"{key}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}"
+            for key, counts in self.names.items()
+        ]
+        return "\n".join([self.summary, *names, self.written])
 
 
 def parts_folder(output: str | Path) -> Path:
@@ -159,7 +171,7 @@ class Parts:
             If the earlier run had other settings.
         """
         before = self._manifest()
-        if before is None or not resume:
+        if before is None or not resume or not self.finished():
             self.clear()
             write_whole(self.folder / MANIFEST_FILE, json.dumps(settings, indent=1).encode())
             return
@@ -305,6 +317,7 @@ def _settings(inference: Inference, input_signature: list) -> dict:
         "values": str(expression.scale),
         "outputs": list(inference.plan.outputs),
         "dtype": runner.options.dtype_name,
+        "max_length": runner.tokenizer.model_max_length,
         **{name: hashlib.sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()},
     }
 

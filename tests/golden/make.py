@@ -40,6 +40,8 @@ def make(folder: Path) -> None:
             body, logits = model.panfoma(**batch), model(**batch).logits
         if _smallest_gap(body.gene_scores, batch["attention_mask"]) > SMALLEST_GAP:
             break
+    else:
+        raise SystemExit(f"Scores must be {SMALLEST_GAP} apart, got none of 1,000 models that keeps to it.")
     panfoma_hf.save_checkpoint(checkpoint, model, tokenizer)
     for path in checkpoint.iterdir():
         if path.suffix in {".py", ".md"}:  # it is the package's code that must load it

@@ -85,8 +85,12 @@ def same_as_by_one(log, by_one) -> None:
     assert len(lines) == STEPS
     for key in ("loss", "gene_loss", "cell_loss", "presence_loss"):
         assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], rel=2e-5)
-    for key in ("gene_accuracy", "majority_accuracy", "cells_seen", "padding"):
+    for key in ("majority_accuracy", "cells_seen", "padding"):
         assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], abs=1e-3)
+    # Of some 130 predictions of a step one may lie so near between two bins that sums in another order turn it.
+    accuracies = [[line["gene_accuracy"] for line in of_run] for of_run in (lines, expected)]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.01)
+    assert sum(abs(one - other) > 1e-3 for one, other in zip(*accuracies, strict=True)) <= 1
 
 
 def gives_the_same_logits(folder: Path, expected: Path, corpus) -> None:

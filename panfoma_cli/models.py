@@ -1,8 +1,7 @@
 """Verbs that train and judge: finetune, evaluate, pretrain."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -121,6 +120,7 @@ def evaluate(
     with told("what is above was scored."):
         from panfoma_hf.evaluation.methods import classifier_of, embedder_of
         from panfoma_hf.evaluation.tasks import ANNOTATION, INTEGRATION, SEEDS, Task, evaluate_task
+        from panfoma_hf.training import quiet
 
         if batch is not None and (groups != "auto" or held_out):
             raise ValueError("`--batch` splits cells in halves, got `--groups` or `--held-out`, too. Leave these out.")
@@ -142,7 +142,7 @@ def evaluate(
             say(f"{'':<34}" + "".join(f"{name:>26}" for name in shown))
         results = {}
         for method in methods:
-            with _quiet(), redirect_stdout(sys.stderr):
+            with quiet(), redirect_stdout(sys.stderr):
                 result = evaluate_task(task, method, cells=loaded, seeds=seeds or SEEDS, budget=budget, layer=layer)
             if result.leakage is not None and not results:
                 for message in result.leakage.messages():
@@ -209,16 +209,3 @@ def pretrain(
         trainer = pretrain(opened, out, **arguments)
         if trainer.is_world_process_zero():
             say(f"{out / 'model'} after {trainer.state.global_step:,} steps")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what each fine-tune says of its own validation cells."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

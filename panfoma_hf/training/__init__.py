@@ -5,6 +5,7 @@ from .finetuning import finetune
 from .pretraining import pretrain
 from .pretraining_trainer import PretrainingTrainer
 from .recipes import read_recipe
+from .report import quiet
 from .safety import PretrainingError, last_good_checkpoint
 from .study import balanced_class_weights
 from .trainer import PanFoMaTrainer, WeightedCrossEntropy
@@ -20,6 +21,7 @@ __all__ = [
     "finetune",
     "last_good_checkpoint",
     "pretrain",
+    "quiet",
     "read_recipe",
     "save_checkpoint",
 ]

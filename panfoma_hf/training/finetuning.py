@@ -3,8 +3,7 @@
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -46,7 +45,7 @@ from .heads import (
     standardised,
     write_classifier,
 )
-from .report import finetuning_card, report_file, score_table
+from .report import finetuning_card, quiet, report_file, score_table
 from .study import Study, is_share, read_study
 from .trainer import KeepBest, PanFoMaTrainer
 
@@ -608,7 +607,7 @@ def _starting_model(model, names: dict[str, list[str]], tokenizer) -> PanFoMaFor
     # A classifier of other labels gives its body; its last layer starts anew.
     config = PanFoMaConfig.from_pretrained(model)
     config = PanFoMaConfig(**{**config.to_dict(), "id2label": None, "label2id": None, **labels})
-    with _without_loading_report():
+    with quiet():  # the last layer, which Transformers reports as missing, is to be learned
         loaded, report = AutoModelForSequenceClassification.from_pretrained(
             model, config=config, ignore_mismatched_sizes=True, dtype=torch.float32, output_loading_info=True
         )
@@ -618,17 +617,6 @@ def _starting_model(model, names: dict[str, list[str]], tokenizer) -> PanFoMaFor
             f"{', '.join(missing[:3])}. Take another, or pretrain it again with this version."
         )
     return loaded
-
-
-@contextmanager
-def _without_loading_report() -> Iterator[None]:
-    """Without Transformers' report of the last layer, which is to be learned."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _compute_metrics(prediction: EvalPrediction, names: dict[str, list[str]]) -> dict[str, float]:

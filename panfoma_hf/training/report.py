@@ -2,6 +2,9 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging
 
 from ..hub import HUB_NAME, Facts, Score, model_card
 from ..tokenization import PanFoMaTokenizer
@@ -14,6 +17,17 @@ NAMES = {
     "hvg_logistic_regression": "logistic regression, variable genes",
 }
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what is said at the level of warnings, by Transformers and by this package."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def score_table(report: dict) -> str:
